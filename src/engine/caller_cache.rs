@@ -1,9 +1,8 @@
-//! Callers that were found in order, remembered: who calls again over the same connection is not decided again while
-//! nothing that decided can have changed.
+//! Caches the caller of a connection, so that its next call is not evaluated again while nothing has changed.
 //!
-//! What is remembered holds for one state of the index, and is worth nothing once that has moved on by any revision, or
-//! anything is in doubt: so a revoked caller is refused at its next call. Callers of whom anything hangs on the clock or
-//! on a count (an expiry, a superseded secret, limits) are not remembered.
+//! An entry is valid for one version of the index. Any applied revision and any uncertain change invalidates it, so a
+//! revoked caller is refused at its next call. Callers whose evaluation depends on the clock or on a count (an expiry,
+//! a superseded secret, limits) are never cached.
 
 use std::{
     net::IpAddr,
@@ -20,28 +19,28 @@ use crate::domain::{
     scope::ScopeSet,
 };
 
-use super::{Engine, authenticate::CallerEvaluation, index::IndexVersion, usage::buffer::UsageEvent};
+use super::{authenticate::CallerEvaluation, check::Engine, index::IndexVersion, usage::UsageEvent};
 
-/// A caller in order.
+/// A caller that was authenticated and has no limits.
 #[derive(Debug)]
 pub struct CachedCaller {
-    /// The account that it acts in.
+    /// The account that the caller acts in.
     pub account: AccountId,
-    /// What it is granted there.
+    /// The scopes that it is granted in that account.
     pub granted_scopes: ScopeSet,
     key_id: KeyId,
     secret_version: u32,
-    /// When it was found in order.
+    /// The version of the index that it was authenticated against.
     index_version: IndexVersion,
 }
 
-/// The caller that one connection has had last.
+/// The last caller of one connection.
 #[derive(Default)]
 pub struct CallerCache(Mutex<Option<CachedToken>>);
 
 struct CachedToken {
     token: Zeroizing<Box<[u8]>>,
-    /// Of this connection alone: calls on other cores count other references.
+    /// Owned by this connection alone, so that cores do not share a reference count.
     caller: Arc<CachedCaller>,
 }
 
@@ -53,70 +52,73 @@ impl std::fmt::Debug for CallerCache {
 
 impl CallerCache {
     fn get(&self, token: &[u8], state: IndexVersion) -> Option<Arc<CachedCaller>> {
-        let remembered = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let remembered = remembered.as_ref().filter(|remembered| remembered.caller.index_version == state)?;
-        // How much of another caller's token somebody has right must not show in the time that this takes.
-        bool::from(remembered.token.ct_eq(token)).then(|| remembered.caller.clone())
+        let entry = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = entry.as_ref().filter(|entry| entry.caller.index_version == state)?;
+        // Constant time: the duration must not reveal how much of another caller's token was correct.
+        bool::from(entry.token.ct_eq(token)).then(|| entry.caller.clone())
     }
 
-    fn put(&self, token: &[u8], known: &Arc<CachedCaller>) {
-        let remembered = CachedToken { token: Zeroizing::new(token.into()), caller: known.clone() };
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).replace(remembered);
+    fn put(&self, token: &[u8], cached: &Arc<CachedCaller>) {
+        let entry = CachedToken { token: Zeroizing::new(token.into()), caller: cached.clone() };
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).replace(entry);
     }
 }
 
 impl Engine {
-    /// The service key's caller with this token, where it is plainly in order: [`Engine::authenticate`] would say so
-    /// at once, and count nothing. None = that is to be asked. All calls with one `memory` come from the same `peer`.
+    /// Authenticates a service key whose evaluation depends on nothing but the index. Returns
+    /// `None` if [`Engine::authenticate`] must decide.
+    ///
+    /// All calls with one `cache` must come from the same `peer`.
     #[must_use]
     pub fn authenticate_cached(
         &self,
         presented: &str,
         peer: Option<IpAddr>,
-        memory: &CallerCache,
+        cache: &CallerCache,
     ) -> Option<Arc<CachedCaller>> {
-        // Read first: what is found after is of this state or a later one.
+        // Read first: whatever is found afterwards belongs to this version or a later one.
         let state = self.index.version()?;
-        if let Some(known) = memory.get(presented.as_bytes(), state) {
-            return Some(known);
+        if let Some(cached) = cache.get(presented.as_bytes(), state) {
+            return Some(cached);
         }
-        let judged = self.evaluate_caller(presented, None, false, peer, true).ok()?.ok()?;
-        let CallerEvaluation { found_key: found, failures, account, granted_scopes: grants, .. } = judged;
-        let endless = |(of, end): (u32, Option<_>)| of == found.secret_version && end.is_none();
-        let hangs = found.limit_state.is_some()
+        let evaluation = self.evaluate_caller(presented, None, false, peer, true).ok()?.ok()?;
+        let CallerEvaluation { found_key: found, failures, account, granted_scopes, .. } = evaluation;
+        let is_unlimited = |(of, end): (u32, Option<_>)| of == found.secret_version && end.is_none();
+        let can_expire = found.limit_state.is_some()
             || found.key.expires_at().is_some()
-            || !found.key.secret_expiries().any(endless)
+            || !found.key.secret_expiries().any(is_unlimited)
             || found.key.owner().user().is_some();
-        if failures.primary_reason() != Reason::Ok || hangs {
+        if failures.primary_reason() != Reason::Ok || can_expire {
             return None;
         }
         let (key, version) = (found.key.id(), found.secret_version);
-        let known = Arc::new(CachedCaller {
+        let cached = Arc::new(CachedCaller {
             account: account?,
-            granted_scopes: grants,
+            granted_scopes,
             key_id: key,
             secret_version: version,
             index_version: state,
         });
-        memory.put(presented.as_bytes(), &known);
-        Some(known)
+        cache.put(presented.as_bytes(), &cached);
+        Some(cached)
     }
 
-    /// Whether nothing has changed since the caller was found in order. If anything has, it is to be judged anew.
+    /// Returns whether the index is unchanged since the caller was authenticated. If not,
+    /// it must be authenticated again.
     #[must_use]
-    pub fn is_cached_caller_current(&self, known: &CachedCaller) -> bool {
-        self.index.version() == Some(known.index_version)
+    pub fn is_cached_caller_current(&self, cached: &CachedCaller) -> bool {
+        self.index.version() == Some(cached.index_version)
     }
 
-    /// Notes a call of such a caller.
-    pub fn record_cached_call(&self, known: &CachedCaller) {
-        let note = UsageEvent {
-            key_id: known.key_id,
+    /// Records one call of a cached caller as a use of its key.
+    pub fn record_cached_call(&self, cached: &CachedCaller) {
+        let event = UsageEvent {
+            key_id: cached.key_id,
             at: self.clock.now(),
-            secret_version: known.secret_version,
+            secret_version: cached.secret_version,
             reason: Reason::Ok,
         };
-        self.usage.record(note, None);
+        self.usage.record(event, None);
     }
 }
 
@@ -183,31 +185,31 @@ mod tests {
 
     #[test]
     fn a_caller_is_remembered_until_anything_changes_and_refused_once_it_is_revoked() {
-        let (key, memory) = (caller(), CallerCache::default());
+        let (key, cache) = (caller(), CallerCache::default());
         let engine = engine(&key);
-        let first = engine.authenticate_cached("one", None, &memory).unwrap();
-        let again = engine.authenticate_cached("one", None, &memory).unwrap();
+        let first = engine.authenticate_cached("one", None, &cache).unwrap();
+        let again = engine.authenticate_cached("one", None, &cache).unwrap();
         assert!(Arc::ptr_eq(&first, &again));
         engine.index.finish_load(Revision(2));
-        let decided_anew = engine.authenticate_cached("one", None, &memory).unwrap();
+        let decided_anew = engine.authenticate_cached("one", None, &cache).unwrap();
         assert!(!Arc::ptr_eq(&first, &decided_anew));
         engine.index.load_record(SnapshotRecord::Key(revoked(&key), vec![]));
         engine.index.finish_load(Revision(3));
-        assert!(engine.authenticate_cached("one", None, &memory).is_none());
+        assert!(engine.authenticate_cached("one", None, &cache).is_none());
     }
 
     #[test]
     fn whoever_was_let_in_and_is_gone_at_the_decision_gets_none() {
-        let (key, memory) = (caller(), CallerCache::default());
+        let (key, cache) = (caller(), CallerCache::default());
         let engine = engine(&key);
-        let known = engine.authenticate_cached("one", None, &memory).unwrap();
-        assert!(engine.is_cached_caller_current(&known));
+        let cached = engine.authenticate_cached("one", None, &cache).unwrap();
+        assert!(engine.is_cached_caller_current(&cached));
         engine.index.load_record(SnapshotRecord::Key(revoked(&key), vec![]));
         engine.index.finish_load(Revision(2));
-        assert!(!engine.is_cached_caller_current(&known));
+        assert!(!engine.is_cached_caller_current(&cached));
         assert_eq!(engine.reauthenticate("one", None, None).unwrap().unwrap_err(), Reason::Revoked);
         let environment = EnvironmentName::parse("production").unwrap();
-        let question = CheckInput {
+        let input = CheckInput {
             token: "one",
             environment: &environment,
             scopes: &[],
@@ -220,33 +222,33 @@ mod tests {
             dedup_id: None,
             refuse_management_keys: false,
         };
-        let gone = Requester { account: &known.account, is_still_authorized: &|| Ok(false) };
-        assert_eq!(engine.decide_locally(gone, &question).unwrap_err(), CheckError::RequesterRevoked);
+        let gone = Requester { account: &cached.account, is_still_authorized: &|| Ok(false) };
+        assert_eq!(engine.decide_locally(gone, &input).unwrap_err(), CheckError::RequesterRevoked);
     }
 
     #[test]
     fn a_caller_in_doubt_is_not_remembered_and_not_by_what_was_before_the_doubt_either() {
-        let (key, memory) = (caller(), CallerCache::default());
+        let (key, cache) = (caller(), CallerCache::default());
         let engine = engine(&key);
-        let before = engine.authenticate_cached("one", None, &memory).unwrap();
-        engine.index.doubt(RecordChange::Key(revoked(&key)), Some(key.revision));
-        assert!(engine.authenticate_cached("one", None, &memory).is_none());
+        let before = engine.authenticate_cached("one", None, &cache).unwrap();
+        engine.index.mark_change_uncertain(RecordChange::Key(revoked(&key)), Some(key.revision));
+        assert!(engine.authenticate_cached("one", None, &cache).is_none());
         engine.index.clear_local_disable(key.id);
         engine.index.deny_locally(key.id, Reason::Disabled);
-        assert!(engine.authenticate_cached("one", None, &memory).is_none());
+        assert!(engine.authenticate_cached("one", None, &cache).is_none());
         engine.index.clear_local_disable(key.id);
-        let after = engine.authenticate_cached("one", None, &memory);
+        let after = engine.authenticate_cached("one", None, &cache);
         assert!(after.is_none_or(|after| !Arc::ptr_eq(&before, &after)));
     }
 
     #[test]
     fn nothing_is_remembered_over_another_history_under_the_same_numbers() {
-        let (key, memory) = (caller(), CallerCache::default());
+        let (key, cache) = (caller(), CallerCache::default());
         let engine = engine(&key);
-        engine.authenticate_cached("one", None, &memory).unwrap();
+        engine.authenticate_cached("one", None, &cache).unwrap();
         engine.index.clear();
         engine.index.finish_load(Revision(1));
-        assert!(engine.authenticate_cached("one", None, &memory).is_none(), "the key is not in it");
+        assert!(engine.authenticate_cached("one", None, &cache).is_none(), "the key is not in it");
     }
 
     #[test]
@@ -272,10 +274,10 @@ mod tests {
 
     #[test]
     fn another_token_over_the_same_connection_is_not_taken_for_the_first() {
-        let (engine, memory) = (engine(&caller()), CallerCache::default());
-        engine.authenticate_cached("one", None, &memory).unwrap();
+        let (engine, cache) = (engine(&caller()), CallerCache::default());
+        engine.authenticate_cached("one", None, &cache).unwrap();
         for other in ["", "on", "onE", "one1", "two"] {
-            assert!(engine.authenticate_cached(other, None, &memory).is_none(), "{other:?}");
+            assert!(engine.authenticate_cached(other, None, &cache).is_none(), "{other:?}");
         }
     }
 }

@@ -1,18 +1,18 @@
-//! The index: every key and account in memory, found by digest.
+//! Holds every key and account in memory, and finds keys by digest.
 //!
-//! Keys are `index/keys.rs`: packed small (`held.rs`, with `pool.rs` and `sparse.rs`), in blocks on a shelf
-//! (`shelf.rs`), behind a table of digests (`table.rs`). Accounts, roles and members, of which there are fewer, are
-//! in maps.
+//! Keys are in `index/key_table.rs`: compact records in blocks (`key_block.rs`, with `interner.rs` and
+//! `sparse_column.rs`), in a segmented array (`block_array.rs`), behind a table of digests (`digest_table.rs`).
+//! Accounts, roles and members are fewer; they are in maps.
 //!
-//! It is changed by two things only: the first snapshot, and log rows in revision order. Readers take no lock
-//! and never wait for a writer. What is published first is found first: a changed record is visible to every
-//! reader before the revision that says so.
+//! Only two sources change the index: the first snapshot, and log entries in revision order. Readers take no lock and
+//! never wait for a writer. A changed record is visible before the revision that contains it.
 //!
-//! A revoked key keeps only what a Check needs to answer REVOKED. Keys revoked and secrets superseded longer ago than the
-//! retention leave the index and are unknown then.
+//! A revoked key keeps only what a Check needs to answer REVOKED. Keys and secrets leave the index once the retention
+//! has passed since their revocation or supersession; then they are unknown.
 
 mod block_array;
 mod bulk_load;
+mod cold_fields;
 mod digest_table;
 mod interner;
 mod key_block;
@@ -32,7 +32,7 @@ use arc_swap::ArcSwap;
 pub use key_block::KeyRef;
 
 use self::key_table::KeyTable;
-use super::limiter::KeyLimitState;
+use super::key_limits::KeyLimitState;
 
 use crate::{
     domain::{
@@ -49,55 +49,58 @@ use crate::{
     store::{SnapshotLoader, SnapshotPart, SnapshotRecord, WriteRequest, group_commit::ChangeListener},
 };
 
-/// A found key with everything that a decision needs.
+/// A key that was found, with everything that a decision needs.
 #[derive(Clone, Debug)]
 pub struct FoundKey {
-    /// The key.
+    /// The key as it is recorded.
     pub key: KeyRef,
-    /// Which version of its secret was presented.
+    /// The version of the secret that has the digest.
     pub secret_version: u32,
-    /// What is used of its limits, where it has any.
+    /// The state of its limits, if it has any.
     pub limit_state: Option<Arc<KeyLimitState>>,
-    /// A record that may have been committed in place of `key`, and is narrower.
+    /// A more restrictive record that may have been committed in place of `key`.
     pub uncertain_record: Option<Arc<ApiKey>>,
-    /// Somebody wanted it stopped when the store could not be asked: `Revoked` or `Disabled`.
+    /// `Revoked` or `Disabled`, if a caller wanted that while the store was unreachable.
     pub local_denial: Option<Reason>,
 }
 
-/// Its hash is seeded anew in each process: nobody outside can choose ids that collide.
+/// The hash has a random seed per process, so that clients cannot choose IDs that collide.
 type ConcurrentMap<K, V> = papaya::HashMap<K, V, foldhash::fast::RandomState>;
 
-/// Every key and account.
+/// Every key, account, role and member.
 #[derive(Default)]
 pub struct Index {
     keys: ArcSwap<KeyTable>,
-    /// What is used of the limits of keys that have any, and were used or had used some of a quota before.
+    /// The state of limits, for keys that have any and have used them.
     limit_states: ConcurrentMap<KeyId, Arc<KeyLimitState>>,
     accounts: ConcurrentMap<AccountId, Arc<Account>>,
-    /// A global role has no account.
+    /// By account and name; a global role has no account.
     roles: ConcurrentMap<(Option<AccountId>, RoleName), Arc<Role>>,
     members: ConcurrentMap<(AccountId, UserId), Arc<AccountMember>>,
     uncertain_changes: Mutex<UncertainChanges>,
-    /// How many doubts there are; almost always none, and then nobody looks.
+    /// The number of uncertain changes. It is almost always 0, and then readers skip the lock.
     uncertain_count: AtomicUsize,
-    /// The newest revision applied, plus one; 0 = the first snapshot is not loaded.
+    /// The newest applied revision plus one; 0 until the first snapshot is loaded.
     next_revision: AtomicU64,
-    /// How often anything happened that revisions do not tell of: everything was forgotten, and what was loaded after may
-    /// be another history under the same numbers; or something came in doubt. It moves after what it tells of: whoever
-    /// reads it moved finds that too.
+    /// Counts the events that no revision shows: the index was cleared, after which the same revisions may belong to
+    /// another history; or a change became uncertain.
+    ///
+    /// It is incremented after the event: a reader that sees the new value also sees the event.
     generation: AtomicU64,
 }
 
-/// What the index held when it was read: two that are equal are one and the same state, but for keys and secrets that
-/// have left after their retention.
+/// Identifies the contents of the index. Equal versions imply identical contents, except for entries
+/// evicted after the retention period.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IndexVersion {
     next_revision: u64,
     generation: u64,
 }
 
-/// Changes that may have been committed. Each carries the revision of the record that it was made from; zero = there
-/// was none. Only a newer record settles it: an older one may still be on its way from another replica.
+/// Changes that may have been committed.
+///
+/// Each has the revision of the record that it was based on; zero if there was none. Only a newer record resolves it:
+/// an older one may still arrive from another replica.
 #[derive(Default)]
 struct UncertainChanges {
     keys: HashMap<KeyId, Arc<ApiKey>>,
@@ -129,82 +132,79 @@ impl std::fmt::Debug for Index {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // The data is whole between any two statements that could panic.
+    // The data is consistent between any two statements that could panic.
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 impl Index {
-    /// The newest revision applied; `None` until the first snapshot is loaded.
+    /// The newest applied revision; `None` until the first snapshot is loaded.
     #[must_use]
     pub fn revision(&self) -> Option<Revision> {
         self.next_revision.load(Ordering::Acquire).checked_sub(1).map(Revision)
     }
 
-    /// What it holds now; None while it is not loaded, or anything is in doubt. Whoever reads this first and then finds
-    /// a key has found it in that state or a later one.
+    /// The version of the contents; `None` before the first load, and while any change is uncertain.
+    ///
+    /// A key that is found after this call belongs to that version or a later one.
     #[must_use]
     pub fn version(&self) -> Option<IndexVersion> {
-        let turns = self.generation.load(Ordering::Acquire);
-        let applied = self.next_revision.load(Ordering::Acquire);
-        let certain = applied > 0 && self.uncertain_count.load(Ordering::Acquire) == 0;
-        certain.then_some(IndexVersion { next_revision: applied, generation: turns })
+        let generation = self.generation.load(Ordering::Acquire);
+        let next_revision = self.next_revision.load(Ordering::Acquire);
+        let certain = next_revision > 0 && self.uncertain_count.load(Ordering::Acquire) == 0;
+        certain.then_some(IndexVersion { next_revision, generation })
     }
 
-    /// How many keys it holds.
+    /// The number of keys, including revoked ones.
     #[must_use]
     pub fn len(&self) -> usize {
         self.keys.load().len()
     }
 
-    /// Whether it holds no key.
+    /// Returns whether the index holds no key.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The key with this digest.
+    /// Finds the key that has a secret with this digest.
     #[must_use]
     pub fn find_by_digest(&self, digest: &TokenDigest) -> Option<FoundKey> {
         let find = || self.keys.load().find_by_digest(digest);
-        // The record is read under the lock: a doubt that is settled concurrently shows either as doubt or as its record.
-        let in_doubt = |doubts: &UncertainChanges| {
+        // The record is read under the lock: a change that is resolved concurrently is seen either as
+        // uncertain or as the record.
+        let find_uncertain = |uncertain: &UncertainChanges| {
             let found = find();
             let id = found.as_ref().map(|(key, _)| key.id());
-            let doubt = id.and_then(|id| doubts.keys.get(&id).cloned());
-            let stopped = id.and_then(|id| doubts.local_denials.get(&id).copied());
-            Some((found, doubt, stopped))
+            let uncertain_record = id.and_then(|id| uncertain.keys.get(&id).cloned());
+            let local_denial = id.and_then(|id| uncertain.local_denials.get(&id).copied());
+            Some((found, uncertain_record, local_denial))
         };
-        let (found, doubt, stopped) = self.lookup_uncertain(in_doubt).unwrap_or_else(|| (find(), None, None));
+        let (found, uncertain_record, local_denial) =
+            self.lookup_uncertain(find_uncertain).unwrap_or_else(|| (find(), None, None));
         let (key, version) = found?;
-        let budget = key.is_limited().then(|| self.limit_state(key.id()));
-        Some(FoundKey {
-            key,
-            secret_version: version,
-            limit_state: budget,
-            uncertain_record: doubt,
-            local_denial: stopped,
-        })
+        let limit_state = key.is_limited().then(|| self.limit_state(key.id()));
+        Some(FoundKey { key, secret_version: version, limit_state, uncertain_record, local_denial })
     }
 
-    /// What is used of a key's limits; its secrets share it, and it stays while the key's record changes.
+    /// The state of a key's limits. All its secrets share it, and it survives changes of the record.
     fn limit_state(&self, id: KeyId) -> Arc<KeyLimitState> {
         self.limit_states.pin().get_or_insert_with(id, Arc::default).clone()
     }
 
-    /// The key with this id. It is looked for among all of them: for what is rare.
+    /// Finds a key by ID. Scans all keys, so it is for rare calls only.
     #[must_use]
     pub fn find_by_id(&self, id: KeyId) -> Option<KeyRef> {
         self.keys.load().iter_keys().find(|key| key.id() == id)
     }
 
-    /// Refuses a key that the store could not be asked about, as `Revoked` or as `Disabled`, until a record says so or
-    /// it is enabled.
+    /// Denies a key as `Revoked` or `Disabled` while the store is unreachable, until a record confirms it
+    /// or the key is enabled.
     pub fn deny_locally(&self, id: KeyId, reason: Reason) {
-        let mut doubts = lock(&self.uncertain_changes);
-        let stopped = doubts.local_denials.entry(id).or_insert(reason);
-        // Nothing lifts a revocation.
-        *stopped = (*stopped).min(reason);
-        self.uncertain_count.store(doubts.len(), Ordering::Release);
+        let mut uncertain = lock(&self.uncertain_changes);
+        let local_denial = uncertain.local_denials.entry(id).or_insert(reason);
+        // A revocation is final.
+        *local_denial = (*local_denial).min(reason);
+        self.uncertain_count.store(uncertain.len(), Ordering::Release);
         self.generation.fetch_add(1, Ordering::AcqRel);
     }
 
@@ -216,72 +216,75 @@ impl Index {
         }
     }
 
-    /// The account with this id; in doubt, as narrow as it may be.
+    /// The account with this ID. If a change of it is uncertain, the more restrictive record.
     #[must_use]
     pub fn account(&self, id: &AccountId) -> Option<Arc<Account>> {
-        self.lookup_uncertain(|doubts| doubts.accounts.get(id).cloned())
+        self.lookup_uncertain(|uncertain| uncertain.accounts.get(id).cloned())
             .or_else(|| self.accounts.pin().get(id).cloned())
     }
 
-    /// Whether the account with this id is suspended; None = there is none. Of what all Checks ask, no count of
-    /// references is kept, which every core would have to write to.
+    /// Returns whether an account is suspended; `None` if it does not exist.
+    ///
+    /// Every Check calls this, so it does not touch a reference count, which all cores would write to.
     #[must_use]
     pub fn account_suspension(&self, id: &AccountId) -> Option<bool> {
         let suspended = |account: &Arc<Account>| account.suspended_at.is_some();
-        self.lookup_uncertain(|doubts| doubts.accounts.get(id).map(suspended))
+        self.lookup_uncertain(|uncertain| uncertain.accounts.get(id).map(suspended))
             .or_else(|| self.accounts.pin().get(id).map(suspended))
     }
 
-    /// The role that a name means in an account: its own before the global one. None while a change is in doubt at one of
-    /// the places that the look-up depends on, also if no record exists there yet.
+    /// Resolves a role's name in an account: the account's own role before the global one.
+    ///
+    /// Returns `None` while a change is uncertain at one of the places that the look-up depends on, even if
+    /// no record exists there yet.
     #[must_use]
     pub fn resolve_role(&self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
         let roles = self.roles.pin();
-        // The map's keys own what they hold; a service key with roles pays for the look-up.
-        let place = |account: Option<&AccountId>| (account.cloned(), name.clone());
-        // Doubts come before records: a doubt that is settled meanwhile has put its record there first.
-        let in_doubt = |account| {
-            let found = self.lookup_uncertain(|doubts| doubts.roles.get(&place(account)).copied());
+        // The map owns its keys, so each look-up clones; only service keys with roles pay for it.
+        let role_key = |account: Option<&AccountId>| (account.cloned(), name.clone());
+        // Uncertain changes are checked before records: one that is resolved meanwhile has published its record first.
+        let is_uncertain = |account| {
+            let found = self.lookup_uncertain(|uncertain| uncertain.roles.get(&role_key(account)).copied());
             found.is_some()
         };
         if let Some(account) = account {
-            if in_doubt(Some(account)) {
+            if is_uncertain(Some(account)) {
                 return None;
             }
-            if let Some(own) = roles.get(&place(Some(account))) {
+            if let Some(own) = roles.get(&role_key(Some(account))) {
                 return Some(own.clone());
             }
         }
-        if in_doubt(None) { None } else { roles.get(&place(None)).cloned() }
+        if is_uncertain(None) { None } else { roles.get(&role_key(None)).cloned() }
     }
 
-    /// A user's place in an account. None while its end or change is in doubt.
+    /// A user's membership in an account. `None` while its removal or change is uncertain.
     #[must_use]
     pub fn member(&self, account: &AccountId, user: &UserId) -> Option<Arc<AccountMember>> {
         let id = (account.clone(), user.clone());
-        let doubted = self.lookup_uncertain(|doubts| doubts.members.get(&id).map(drop));
-        if doubted.is_some() { None } else { self.members.pin().get(&id).cloned() }
+        let is_uncertain = self.lookup_uncertain(|uncertain| uncertain.members.get(&id).map(drop));
+        if is_uncertain.is_some() { None } else { self.members.pin().get(&id).cloned() }
     }
 
-    /// The record of an account, whatever is in doubt.
+    /// The record of an account, regardless of uncertain changes.
     #[must_use]
     pub fn account_record(&self, id: &AccountId) -> Option<Arc<Account>> {
         self.accounts.pin().get(id).cloned()
     }
 
-    /// The record of a member, whatever is in doubt.
+    /// The record of a member, regardless of uncertain changes.
     #[must_use]
     pub fn member_record(&self, account: &AccountId, user: &UserId) -> Option<Arc<AccountMember>> {
         self.members.pin().get(&(account.clone(), user.clone())).cloned()
     }
 
-    /// The record of a role exactly so named, of an account or global.
+    /// The record of a role with exactly this account and name, regardless of uncertain changes.
     #[must_use]
     pub fn role_record(&self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
         self.roles.pin().get(&(account.cloned(), name.clone())).cloned()
     }
 
-    /// Every key that is known to be revoked, and since when.
+    /// Every revoked key, with the time of its revocation.
     #[must_use]
     pub fn revoked_keys(&self) -> Vec<(KeyId, Timestamp)> {
         let keys = self.keys.load();
@@ -289,18 +292,18 @@ impl Index {
         revoked.collect()
     }
 
-    /// Takes a record of the first snapshot. All of a store's keys come faster in parts: see [`SnapshotLoader`].
-    pub fn load_record(&self, item: SnapshotRecord) {
-        match item {
+    /// Loads one record of the first snapshot. Loading in parts is faster for many keys: see [`SnapshotLoader`].
+    pub fn load_record(&self, record: SnapshotRecord) {
+        match record {
             SnapshotRecord::Account(account) => self.upsert_account(Arc::new(account)),
-            SnapshotRecord::Key(key, left) => self.keys.load().load_key(&key, &left),
+            SnapshotRecord::Key(key, retired_secrets) => self.keys.load().load_key(&key, &retired_secrets),
             SnapshotRecord::Role(role) => self.upsert_role(Arc::new(role)),
             SnapshotRecord::Member(member) => self.upsert_member(Arc::new(member)),
-            SnapshotRecord::QuotaUsage(key, spent) => self.limit_state(key).restore_usage(spent),
+            SnapshotRecord::QuotaUsage(key, usage) => self.limit_state(key).restore_usage(usage),
         }
     }
 
-    /// Forgets everything: another snapshot is to be loaded. What is in doubt stays so.
+    /// Removes everything before another snapshot is loaded. Uncertain changes remain.
     pub fn clear(&self) {
         self.next_revision.store(0, Ordering::Release);
         self.generation.fetch_add(1, Ordering::AcqRel);
@@ -311,35 +314,35 @@ impl Index {
         self.members.pin().clear();
     }
 
-    /// Says that the snapshot is complete, as of `applied_revision`.
+    /// Completes the load of a snapshot, which is as of `revision`.
     pub fn finish_load(&self, revision: Revision) {
         self.keys.load().publish();
         self.next_revision.store(revision.0 + 1, Ordering::Release);
     }
 
-    /// Ends a disabling that was not recorded: somebody wants the key enabled.
+    /// Removes a disabling that was never recorded, because a caller enables the key.
     pub fn clear_local_disable(&self, id: KeyId) {
-        self.update_uncertain(|doubts| {
-            if doubts.keys.get(&id).is_some_and(|doubt| doubt.revocation.is_none()) {
-                doubts.keys.remove(&id);
+        self.update_uncertain(|uncertain| {
+            if uncertain.keys.get(&id).is_some_and(|uncertain_record| uncertain_record.revocation.is_none()) {
+                uncertain.keys.remove(&id);
             }
-            doubts.local_denials.retain(|of, reason| *of != id || *reason == Reason::Revoked);
+            uncertain.local_denials.retain(|of, reason| *of != id || *reason == Reason::Revoked);
         });
     }
 
-    /// Ends a suspension that was not recorded: somebody wants the account resumed.
+    /// Removes a suspension that was never recorded, because a caller resumes the account.
     pub fn clear_local_suspension(&self, id: &AccountId) {
-        self.update_uncertain(|doubts| {
-            doubts.accounts.remove(id);
+        self.update_uncertain(|uncertain| {
+            uncertain.accounts.remove(id);
         });
     }
 
-    /// Ends a doubt, after the record that settles it has come.
-    fn update_uncertain(&self, end: impl FnOnce(&mut UncertainChanges)) {
+    /// Removes an uncertain change after the record that resolves it was published.
+    fn update_uncertain(&self, resolve: impl FnOnce(&mut UncertainChanges)) {
         if self.uncertain_count.load(Ordering::Acquire) > 0 {
-            let mut doubts = lock(&self.uncertain_changes);
-            end(&mut doubts);
-            self.uncertain_count.store(doubts.len(), Ordering::Release);
+            let mut uncertain = lock(&self.uncertain_changes);
+            resolve(&mut uncertain);
+            self.uncertain_count.store(uncertain.len(), Ordering::Release);
         }
     }
 
@@ -347,11 +350,11 @@ impl Index {
         let id = account.id.clone();
         let suspended = account.suspended_at.map(|_| account.revision);
         self.accounts.pin().insert(id.clone(), account);
-        self.update_uncertain(|doubts| {
-            // A suspension that was not recorded stays until one is, or until Resume.
-            let doubt = doubts.accounts.get(&id);
-            if doubt.is_some_and(|doubt| suspended > Some(doubt.revision)) {
-                doubts.accounts.remove(&id);
+        self.update_uncertain(|uncertain| {
+            // A suspension that was never recorded stays until one is recorded, or until Resume.
+            let uncertain_record = uncertain.accounts.get(&id);
+            if uncertain_record.is_some_and(|uncertain_record| suspended > Some(uncertain_record.revision)) {
+                uncertain.accounts.remove(&id);
             }
         });
     }
@@ -369,9 +372,9 @@ impl Index {
     }
 
     fn resolve_uncertain_role(&self, id: &(Option<AccountId>, RoleName), revision: Revision) {
-        self.update_uncertain(|doubts| {
-            if doubts.roles.get(id).is_some_and(|made_from| *made_from < revision) {
-                doubts.roles.remove(id);
+        self.update_uncertain(|uncertain| {
+            if uncertain.roles.get(id).is_some_and(|made_from| *made_from < revision) {
+                uncertain.roles.remove(id);
             }
         });
     }
@@ -389,9 +392,9 @@ impl Index {
     }
 
     fn resolve_uncertain_member(&self, id: &(AccountId, UserId), revision: Revision) {
-        self.update_uncertain(|doubts| {
-            if doubts.members.get(id).is_some_and(|made_from| *made_from < revision) {
-                doubts.members.remove(id);
+        self.update_uncertain(|uncertain| {
+            if uncertain.members.get(id).is_some_and(|made_from| *made_from < revision) {
+                uncertain.members.remove(id);
             }
         });
     }
@@ -406,25 +409,27 @@ impl Index {
         });
     }
 
-    /// Ends doubts about a key, whose record has come.
+    /// Resolves uncertain changes of a key by its new record.
     fn resolve_uncertain_key(&self, key: &ApiKey) {
-        self.update_uncertain(|doubts| {
-            // A stop that was not recorded stays until one is, or until Enable.
-            let settled = |doubt: &Arc<ApiKey>| {
-                doubt.revision < key.revision
-                    && (doubt.revocation.is_none() || key.revocation.is_some())
-                    && (doubt.disabled_at.is_none() || key.disabled_at.is_some() || key.revocation.is_some())
+        self.update_uncertain(|uncertain| {
+            // A denial that was never recorded stays until one is recorded, or until Enable.
+            let is_resolved = |uncertain_record: &Arc<ApiKey>| {
+                uncertain_record.revision < key.revision
+                    && (uncertain_record.revocation.is_none() || key.revocation.is_some())
+                    && (uncertain_record.disabled_at.is_none()
+                        || key.disabled_at.is_some()
+                        || key.revocation.is_some())
             };
-            if doubts.keys.get(&key.id).is_some_and(settled) {
-                doubts.keys.remove(&key.id);
+            if uncertain.keys.get(&key.id).is_some_and(is_resolved) {
+                uncertain.keys.remove(&key.id);
             }
-            let said = match doubts.local_denials.get(&key.id) {
+            let is_recorded = match uncertain.local_denials.get(&key.id) {
                 Some(Reason::Revoked) => key.revocation.is_some(),
                 Some(_) => key.disabled_at.is_some() || key.revocation.is_some(),
                 None => false,
             };
-            if said {
-                doubts.local_denials.remove(&key.id);
+            if is_recorded {
+                uncertain.local_denials.remove(&key.id);
             }
         });
     }
@@ -440,8 +445,8 @@ impl Index {
         }
     }
 
-    /// Whether a change that has not come in here takes something away: some Check may be refused after it that is
-    /// allowed by what is held here.
+    /// Returns whether a change that is not applied yet restricts: a Check that the current state allows
+    /// may be denied after it.
     #[must_use]
     pub fn is_restriction(&self, change: &RecordChange) -> bool {
         match change {
@@ -451,7 +456,7 @@ impl Index {
             RecordChange::Account(after) => {
                 self.accounts.pin().get(&after.id).is_some_and(|before| after.restricts(before))
             }
-            // A new role may stand before a global one of its name.
+            // A new role can shadow a global one of the same name.
             RecordChange::Role(after) => {
                 !after.scopes.covers_all(&self.recorded_role_scopes(after.account.as_ref(), &after.name))
             }
@@ -465,32 +470,32 @@ impl Index {
         }
     }
 
-    /// What a role's name grants by the records, whatever is in doubt.
+    /// The scopes of a role's name by the records, regardless of uncertain changes.
     pub(crate) fn recorded_role_scopes(&self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
         let own = account.and_then(|account| self.role_record(Some(account), name));
         let role = own.or_else(|| self.role_record(None, name));
         role.map(|role| role.scopes.clone()).unwrap_or_default()
     }
 
-    /// Forgets keys revoked and secrets superseded before `forget_before`. Returns how many digests left.
-    pub fn evict(&self, forget_before: Timestamp) -> usize {
-        let budgets = self.limit_states.pin();
-        self.keys.load().evict(forget_before, |id| {
-            budgets.remove(&id);
+    /// Evicts keys revoked and secrets superseded before `cutoff`. Returns how many digests were removed.
+    pub fn evict(&self, cutoff: Timestamp) -> usize {
+        let limit_states = self.limit_states.pin();
+        self.keys.load().evict(cutoff, |id| {
+            limit_states.remove(&id);
         })
     }
 }
 
 impl SnapshotLoader for Index {
-    fn add_record(&self, item: SnapshotRecord) {
-        self.load_record(item);
+    fn add_record(&self, record: SnapshotRecord) {
+        self.load_record(record);
     }
 
     fn reserve_secrets(&self, secrets: usize) {
         self.keys.load().reserve(secrets);
     }
 
-    /// If everything is forgotten meanwhile, what comes in parts that were begun before is too.
+    /// The part keeps the current table: if the index is cleared meanwhile, what the part loads is discarded too.
     fn begin_part(&self) -> Box<dyn SnapshotPart> {
         Box::new(bulk_load::IndexSnapshotPart::new(self.keys.load_full()))
     }
@@ -501,11 +506,12 @@ impl ChangeListener for Index {
         self.revision().unwrap_or_default()
     }
 
-    fn apply_local(&self, rows: &[(LogEntry, RecordChange)]) {
-        let seen = self.revision();
-        let new = rows.partition_point(|(row, _)| seen.is_some_and(|seen| row.revision <= seen));
+    fn apply_local(&self, entries: &[(LogEntry, RecordChange)]) {
+        let applied = self.revision();
+        let new =
+            entries.partition_point(|(entry, _)| applied.is_some_and(|applied| entry.revision <= applied));
         let key = |change: &RecordChange| matches!(change, RecordChange::Key(_));
-        for run in rows[new..].chunk_by(|(_, one), (_, next)| key(one) && key(next)) {
+        for run in entries[new..].chunk_by(|(_, one), (_, next)| key(one) && key(next)) {
             match run {
                 [(_, change)] => self.apply_change(change),
                 keys => self.upsert_keys(keys.iter().filter_map(|(_, change)| match change {
@@ -521,44 +527,46 @@ impl ChangeListener for Index {
 
     fn mark_uncertain(&self, write: &WriteRequest) {
         let made_from = write.expected_revision.unwrap_or_default();
-        // The record that it was made from may not have come in here yet: the change may narrow that one.
-        let narrows = write.expected_revision > self.revision() || self.is_restriction(&write.change);
-        let mut doubts = lock(&self.uncertain_changes);
+        // The record that the change is based on may not be applied here yet: assume that the change restricts it.
+        let restricts = write.expected_revision > self.revision() || self.is_restriction(&write.change);
+        let mut uncertain = lock(&self.uncertain_changes);
         match write.change.clone().with_revision(made_from) {
-            RecordChange::Key(after) if narrows => {
-                // A weaker change does not end what a stronger one refuses.
+            RecordChange::Key(after) if restricts => {
+                // A weaker change must not replace a stronger denial.
                 let strength = |key: &ApiKey| (key.revocation.is_some(), key.disabled_at.is_some());
-                let known = doubts.keys.get(&after.id);
-                if known.is_none_or(|known| strength(known) <= strength(&after)) {
-                    doubts.keys.insert(after.id, after);
+                let earlier = uncertain.keys.get(&after.id);
+                if earlier.is_none_or(|earlier| strength(earlier) <= strength(&after)) {
+                    uncertain.keys.insert(after.id, after);
                 }
             }
-            RecordChange::Account(after) if narrows => {
-                doubts.accounts.insert(after.id.clone(), after);
+            RecordChange::Account(after) if restricts => {
+                uncertain.accounts.insert(after.id.clone(), after);
             }
             RecordChange::Key(_) | RecordChange::Account(_) => {}
-            // Whatever the change is, until it is settled the role grants nothing and the user is no member.
+            // Until it is resolved, the role grants nothing and the user is not a member.
             RecordChange::Role(role) | RecordChange::RoleDeleted(role) => {
-                doubts.roles.insert(role_id(&role), made_from);
+                uncertain.roles.insert(role_id(&role), made_from);
             }
             RecordChange::Member(member) | RecordChange::MemberRemoved(member) => {
-                let _ = doubts.members.insert(member_id(&member), made_from);
+                let _ = uncertain.members.insert(member_id(&member), made_from);
             }
         }
-        self.uncertain_count.store(doubts.len(), Ordering::Release);
+        self.uncertain_count.store(uncertain.len(), Ordering::Release);
         self.generation.fetch_add(1, Ordering::AcqRel);
     }
 
     fn resolve_uncertain(&self) {
-        let mut doubts = lock(&self.uncertain_changes);
-        doubts.keys.retain(|_, key| key.revocation.is_some() || key.disabled_at.is_some());
-        doubts.roles.clear();
-        doubts.members.clear();
-        self.uncertain_count.store(doubts.len(), Ordering::Release);
+        let mut uncertain = lock(&self.uncertain_changes);
+        uncertain.keys.retain(|_, key| key.revocation.is_some() || key.disabled_at.is_some());
+        uncertain.roles.clear();
+        uncertain.members.clear();
+        self.uncertain_count.store(uncertain.len(), Ordering::Release);
     }
 }
 
 #[cfg(test)]
 mod memory_tests;
+#[cfg(test)]
+mod model_tests;
 #[cfg(test)]
 mod tests;

@@ -1,16 +1,17 @@
-//! Rate limits and quotas of keys, over one process or several.
+//! Applies the rate limits and quotas of keys, within one process or across several.
 //!
-//! A rate limit is counted in this process, exactly if it is the only one, or in Redis for all of them: one script
-//! and one round trip a Check, for everything that the key is limited by. While Redis does not answer, this process
-//! counts by itself and says so, or does not answer, as it is set. A quota is always counted in the store, in blocks
-//! where several processes use it (`budget.rs`).
+//! The arithmetic is in `domain::limit`, the state of one key in `key_limits.rs`.
 //!
-//! Keys without limits never come here. Others wait in two cases only, for a bounded time each: for Redis, if they
-//! have rate limits that are counted there; and for the store, if a block is used up in less time than the store takes
-//! to count it.
+//! Rate limits are counted in this process, which is exact if it is the only one; or in Redis for all processes,
+//! with one script and one round trip per Check. If Redis does not answer, the setting decides: count locally and
+//! mark the outcome as inexact, or fail. A quota is always recorded in the store; if several processes share it,
+//! each uses it in blocks.
+//!
+//! Keys without limits never get here. The others wait in two cases only, each for a bounded time: for Redis, and for
+//! the store if a block is used up faster than the store records it.
 
-mod key_limits;
 mod redis_limits;
+mod redis_settings;
 
 use std::{
     pin::pin,
@@ -21,73 +22,47 @@ use std::{
     time::Duration,
 };
 
-pub use key_limits::{
-    Consumption, KeyLimitState, LimitOutcome, QuotaBlockExhausted, QuotaReservation, RequestDedupId,
+pub use redis_limits::RedisOutcome;
+pub use redis_settings::{ClockSource, RedisFailurePolicy, RedisKeyPrefix, RedisSettings, RedisUrl};
+
+pub use super::{
+    key_limits::{Consumption, KeyLimitState, QuotaBlockExhausted, QuotaReservation, RequestDedupId},
+    limit_outcome::LimitOutcome,
 };
-pub use redis_limits::{ClockSource, RedisKeyPrefix, RedisOutcome, RedisUrl};
 
 use crate::domain::{key_attributes::KeyAttributes as _, time::Timestamp};
 
-use super::{CheckError, KeyRef, serving_lease::ServingLease, usage};
+use super::{error::CheckError, index::KeyRef, serving_lease::ServingLease, usage::UsageRecorder};
 use redis_limits::RedisLimiter;
 
-/// How long a Check waits at the most for the store to count a block.
+/// How long a Check waits for the store to record a block.
 const QUOTA_BLOCK_WAIT: Duration = Duration::from_millis(100);
-/// How often it tries again meanwhile: what others only kept may have come back.
+/// How often it tries again meanwhile: other requests may return reserved units.
 const QUOTA_BLOCK_RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
-/// How limits are counted.
+/// How limits are counted: in this process or in Redis.
 #[derive(Clone, Debug, Default)]
 pub struct LimitSettings {
-    /// Other processes serve the same keys, even where the lease does not say so.
+    /// Whether other processes serve the same keys, even if the lease does not show it.
     pub shared: bool,
-    /// Where rate limits are counted for all of them; `None` = each process counts by itself.
+    /// The Redis that counts rate limits for all processes; `None`: each process counts for itself.
     pub redis: Option<RedisSettings>,
 }
 
-/// How Redis is used.
-#[derive(Clone, Debug)]
-pub struct RedisSettings {
-    /// Where it is.
-    pub url: RedisUrl,
-    /// What the names of all keys in it start with.
-    pub key_prefix: RedisKeyPrefix,
-    /// How long a Check waits for it.
-    pub timeout: Duration,
-    /// What becomes of a Check that it does not answer.
-    pub on_failure: RedisFailurePolicy,
-    /// By whose clock units come back.
-    pub clock_source: ClockSource,
-}
-
-/// What becomes of a limited Check when Redis does not answer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RedisFailurePolicy {
-    /// This process counts by itself; the answer says so.
-    #[default]
-    Allow,
-    /// It is not answered.
-    Deny,
-}
-
-/// Counts limits.
+/// Counts rate limits and quotas.
 #[derive(Debug)]
 pub struct Limiter {
     is_shared: bool,
     lease: Arc<ServingLease>,
     redis: Option<(RedisLimiter, RedisFailurePolicy)>,
-    usage: Arc<usage::UsageRecorder>,
+    usage: Arc<UsageRecorder>,
     local_fallbacks: AtomicU64,
 }
 
 impl Limiter {
-    /// A limiter whose quotas are written by `usage`.
+    /// Creates a limiter whose quotas are recorded by `usage`.
     #[must_use]
-    pub fn new(
-        settings: &LimitSettings,
-        lease: Arc<ServingLease>,
-        usage: Arc<usage::UsageRecorder>,
-    ) -> Limiter {
+    pub fn new(settings: &LimitSettings, lease: Arc<ServingLease>, usage: Arc<UsageRecorder>) -> Limiter {
         let redis = settings.redis.as_ref().map(|redis| (RedisLimiter::new(redis), redis.on_failure));
         Limiter { is_shared: settings.shared, lease, redis, usage, local_fallbacks: AtomicU64::new(0) }
     }
@@ -97,119 +72,126 @@ impl Limiter {
         self.is_shared || self.lease.is_shared()
     }
 
-    /// Connects to Redis, if limits are counted there, and connects again whenever the connection is lost. Tells
-    /// `tried` when it has tried for the first time.
-    pub async fn maintain_connection(&self, tried: tokio::sync::oneshot::Sender<()>) {
+    /// Connects to Redis if it counts the rate limits, and reconnects whenever the connection is lost. Notifies
+    /// `attempted` after the first attempt.
+    pub async fn maintain_connection(&self, attempted: tokio::sync::oneshot::Sender<()>) {
         match &self.redis {
-            Some((redis, _)) => redis.maintain_connection(tried).await,
+            Some((redis, _)) => redis.maintain_connection(attempted).await,
             // The receiver may be gone.
-            None => drop(tried.send(())),
+            None => drop(attempted.send(())),
         }
     }
 
-    /// Takes what a request takes of the key's limits.
+    /// Consumes from the limits of a key.
     ///
     /// # Errors
-    /// When whether there is room cannot be known.
+    /// It is unknown whether the limits have room.
     pub(super) async fn consume(
         &self,
         key: &KeyRef,
-        budget: &Arc<KeyLimitState>,
-        take: Consumption,
+        limit_state: &Arc<KeyLimitState>,
+        consumption: Consumption,
         now: Timestamp,
     ) -> Result<LimitOutcome, CheckError> {
-        let usage = match &self.redis {
+        let outcome = match &self.redis {
             Some((redis, on_failure)) if !key.rate_limits().is_empty() => {
-                self.consume_with_redis(redis, *on_failure, key, budget, take, now).await?
+                self.consume_with_redis(redis, *on_failure, key, limit_state, consumption, now).await?
             }
             _ => {
-                let mut usage = self
-                    .retry_until_block_counted(key, budget, || {
-                        budget.consume(key, take, self.is_shared(), now)
+                let mut outcome = self
+                    .retry_until_block_counted(key, limit_state, || {
+                        limit_state.consume(key, consumption, self.is_shared(), now)
                     })
                     .await?;
-                usage.is_inexact = self.is_shared() && !key.rate_limits().is_empty();
-                usage
+                outcome.is_inexact = self.is_shared() && !key.rate_limits().is_empty();
+                outcome
             }
         };
-        if usage.needs_flush {
-            self.usage.request_quota_flush(key.id(), budget);
+        if outcome.needs_flush {
+            self.usage.request_quota_flush(key.id(), limit_state);
         }
-        Ok(usage)
+        Ok(outcome)
     }
 
-    /// Keeps what the request takes of the quota, asks Redis, and uses it or gives it back.
+    /// Reserves units of the quota, asks Redis, and then consumes or returns the reserved units.
     async fn consume_with_redis(
         &self,
         redis: &RedisLimiter,
         on_failure: RedisFailurePolicy,
         key: &KeyRef,
-        budget: &Arc<KeyLimitState>,
-        take: Consumption,
+        limit_state: &Arc<KeyLimitState>,
+        consumption: Consumption,
         now: Timestamp,
     ) -> Result<LimitOutcome, CheckError> {
-        let held = self
-            .retry_until_block_counted(key, budget, || budget.reserve(key, take, self.is_shared(), now))
+        let reservation = self
+            .retry_until_block_counted(key, limit_state, || {
+                limit_state.reserve(key, consumption, self.is_shared(), now)
+            })
             .await?;
-        let asked = Consumption { dry_run: take.dry_run || held.is_refused(), ..take };
-        match redis.consume(key, asked, now).await {
-            Ok(levels) => {
-                Ok(held.commit_if_allowed(key, take, &levels.before_request, levels.is_repeated_request, now))
-            }
-            // What the quota refuses is refused, whatever Redis would say.
-            Err(_) if on_failure == RedisFailurePolicy::Deny && !held.is_refused() => {
+        let redis_consumption =
+            Consumption { dry_run: consumption.dry_run || reservation.is_refused(), ..consumption };
+        match redis.consume(key, redis_consumption, now).await {
+            Ok(levels) => Ok(reservation.commit_if_allowed(
+                key,
+                consumption,
+                &levels.before_request,
+                levels.is_repeated_request,
+                now,
+            )),
+            // If the quota refuses the request, the response of Redis does not matter.
+            Err(_) if on_failure == RedisFailurePolicy::Deny && !reservation.is_refused() => {
                 Err(CheckError::LimitsUnavailable)
             }
             Err(_) => {
-                drop(held);
+                drop(reservation);
                 self.local_fallbacks.fetch_add(1, Ordering::Relaxed);
-                let mut usage = self
-                    .retry_until_block_counted(key, budget, || {
-                        budget.consume(key, take, self.is_shared(), now)
+                let mut outcome = self
+                    .retry_until_block_counted(key, limit_state, || {
+                        limit_state.consume(key, consumption, self.is_shared(), now)
                     })
                     .await?;
-                usage.is_inexact = true;
-                Ok(usage)
+                outcome.is_inexact = true;
+                Ok(outcome)
             }
         }
     }
 
-    /// Tries what may find its block used up; then it waits until the store has counted it.
+    /// Runs `attempt`; while the quota's block is used up, waits for the store to record it and tries again.
     async fn retry_until_block_counted<T>(
         &self,
         key: &KeyRef,
-        budget: &Arc<KeyLimitState>,
+        limit_state: &Arc<KeyLimitState>,
         attempt: impl Fn() -> Result<T, QuotaBlockExhausted>,
     ) -> Result<T, CheckError> {
-        if let Ok(done) = attempt() {
-            return Ok(done);
+        if let Ok(result) = attempt() {
+            return Ok(result);
         }
         let waiting = async {
             loop {
-                // Whatever is counted from here on is heard of.
-                let mut drawn = pin!(self.usage.quotas_flushed());
-                drawn.as_mut().enable();
-                if let Ok(done) = attempt() {
-                    return Ok(done);
+                // Registered before the attempt, so that no notification is missed.
+                let mut flushed = pin!(self.usage.quotas_flushed());
+                flushed.as_mut().enable();
+                if let Ok(result) = attempt() {
+                    return Ok(result);
                 }
-                if budget.request_flush() {
-                    self.usage.request_quota_flush(key.id(), budget);
+                if limit_state.request_flush() {
+                    self.usage.request_quota_flush(key.id(), limit_state);
                 }
                 if self.usage.is_failing() {
                     return Err(CheckError::QuotaUnavailable);
                 }
-                let _ = tokio::time::timeout(QUOTA_BLOCK_RETRY_INTERVAL, drawn).await;
+                let _ = tokio::time::timeout(QUOTA_BLOCK_RETRY_INTERVAL, flushed).await;
             }
         };
         tokio::time::timeout(QUOTA_BLOCK_WAIT, waiting).await.unwrap_or(Err(CheckError::QuotaUnavailable))
     }
 
-    /// How often Redis was asked and how that ended, since the start. Nothing, where it is not used.
+    /// The number of calls to Redis by outcome since the start; empty if Redis is not used.
     pub fn redis_outcome_counts(&self) -> impl Iterator<Item = (RedisOutcome, u64)> {
         self.redis.iter().flat_map(|(redis, _)| redis.outcome_counts())
     }
 
-    /// How many Checks were counted by this process alone, since Redis did not answer.
+    /// How many Checks this process counted alone because Redis did not answer.
     #[must_use]
     pub fn local_fallbacks(&self) -> u64 {
         self.local_fallbacks.load(Ordering::Relaxed)

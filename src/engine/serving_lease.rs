@@ -1,7 +1,12 @@
-//! Until when this process may allow, as Checks see it. Where one process owns the database, that is for as long as it does.
+//! The lease until which this process may allow, as Checks see it.
 //!
-//! Written by `replication`, from the actions of the lease protocol; read by every Check. The order of the two words
-//! does not matter to the guarantee: only the deadline decides.
+//! `replication` writes it, from the actions of the lease protocol in `domain::lease`; every Check reads it. A process
+//! that owns its database alone may allow for as long as it does.
+//!
+//! Two orders make the deadline sound. The publisher changes the index first and sets the deadline afterwards. A Check
+//! reads the deadline, then the clock, and looks up afterwards. So a Check that sees a new deadline also sees the index
+//! that it was granted with. `tests/it/deadline.rs` tries every interleaving. The order of the other words does not
+//! matter: only the deadline decides.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -10,21 +15,77 @@ use std::{
 
 use crate::domain::lease::BootInstant;
 
-use super::lease_deadline::LeaseDeadline;
+/// An atomic word. It is a trait so that a model checker can substitute its own.
+pub trait AtomicWord {
+    /// Loads the word with this ordering.
+    fn load(&self, order: Ordering) -> u64;
+    /// Stores the word with this ordering.
+    fn store(&self, value: u64, order: Ordering);
+}
+
+impl AtomicWord for AtomicU64 {
+    fn load(&self, order: Ordering) -> u64 {
+        self.load(order)
+    }
+
+    fn store(&self, value: u64, order: Ordering) {
+        self.store(value, order);
+    }
+}
+
+/// The deadline of the lease, in one atomic word.
+#[derive(Debug)]
+pub struct LeaseDeadline<W = AtomicU64>(W);
+
+impl LeaseDeadline {
+    /// A deadline in the past: nothing is allowed before the first lease.
+    #[must_use]
+    pub fn expired() -> Self {
+        LeaseDeadline(AtomicU64::new(BootInstant::EXPIRED.as_nanos()))
+    }
+}
+
+impl<W: AtomicWord> LeaseDeadline<W> {
+    /// A deadline that is stored in this word.
+    pub fn from_word(word: W) -> Self {
+        LeaseDeadline(word)
+    }
+
+    /// Sets the deadline. The index must already hold what it was granted with.
+    pub fn set(&self, deadline: BootInstant) {
+        self.0.store(deadline.as_nanos(), Ordering::Release);
+    }
+
+    /// The deadline that was set last.
+    pub fn get(&self) -> BootInstant {
+        BootInstant::from_nanos(self.0.load(Ordering::Acquire))
+    }
+
+    /// Reads the deadline, then the clock, and then calls `look_up` with whether the lease is valid.
+    pub fn with_validity<T>(
+        &self,
+        clock: impl FnOnce() -> BootInstant,
+        look_up: impl FnOnce(bool) -> T,
+    ) -> T {
+        let deadline = self.get();
+        let fresh = clock() < deadline;
+        look_up(fresh)
+    }
+}
 
 /// The lease that Checks are answered under.
 #[derive(Debug)]
 pub struct ServingLease {
-    /// One process owns the database: what it has applied is all there is.
+    /// This process owns the database: what it has applied is complete.
     is_sole_owner: AtomicBool,
     deadline: LeaseDeadline,
     as_of: AtomicU64,
-    /// Limits are counted by each of several processes for itself.
+    /// Whether other processes serve the same keys, so that each counts limits for itself.
     is_shared: AtomicBool,
 }
 
 impl ServingLease {
-    /// Of the one process that owns the database.
+    /// The lease of the only process on a database: valid until it loses the database.
     #[must_use]
     pub fn for_sole_owner() -> ServingLease {
         ServingLease {
@@ -34,10 +95,10 @@ impl ServingLease {
         }
     }
 
-    /// Of a replica, which has none yet.
+    /// The lease of a replica before its first renewal.
     #[must_use]
     pub fn expired() -> ServingLease {
-        // There are others, until a reading tells that there are none.
+        // Other replicas are assumed until a renewal shows that there are none.
         let (as_of, shared) = (AtomicU64::new(0), AtomicBool::new(true));
         ServingLease {
             is_sole_owner: AtomicBool::new(false),
@@ -47,13 +108,13 @@ impl ServingLease {
         }
     }
 
-    /// Allows until `deadline`: the map holds at least what the database held at `as_of`.
+    /// Allows until `deadline`. The index holds at least what the database held at `as_of`.
     pub fn publish(&self, deadline: BootInstant, as_of: BootInstant) {
         self.as_of.store(as_of.as_nanos(), Ordering::Relaxed);
         self.deadline.set(deadline);
     }
 
-    /// Allows nothing from now on.
+    /// Ends the lease: from now on nothing is allowed.
     pub fn expire_now(&self) {
         self.deadline.set(BootInstant::EXPIRED);
         self.is_sole_owner.store(false, Ordering::Relaxed);
@@ -63,13 +124,13 @@ impl ServingLease {
         self.is_sole_owner.load(Ordering::Relaxed)
     }
 
-    /// When it ends.
+    /// When the lease ends; never, for a sole owner.
     #[must_use]
     pub fn deadline(&self) -> BootInstant {
         if self.is_sole_owner() { BootInstant::FOREVER } else { self.deadline.get() }
     }
 
-    /// Looks up, and tells `look_up` before whether what it finds may be allowed.
+    /// Calls `look_up` with whether the lease is valid; the deadline and the clock are read first.
     pub fn with_validity<T>(
         &self,
         clock: impl FnOnce() -> BootInstant,
@@ -78,13 +139,13 @@ impl ServingLease {
         if self.is_sole_owner() { look_up(true) } else { self.deadline.with_validity(clock, look_up) }
     }
 
-    /// Whether Checks may allow now.
+    /// Returns whether Checks may allow now.
     #[must_use]
     pub fn is_valid(&self, clock: impl FnOnce() -> BootInstant) -> bool {
         self.with_validity(clock, |fresh| fresh)
     }
 
-    /// How old the map can be.
+    /// The maximum age of the index's contents.
     #[must_use]
     pub fn staleness(&self, clock: impl FnOnce() -> BootInstant) -> Duration {
         if self.is_sole_owner() {
@@ -93,12 +154,12 @@ impl ServingLease {
         clock().saturating_duration_since(BootInstant::from_nanos(self.as_of.load(Ordering::Relaxed)))
     }
 
-    /// Says whether other processes serve the same keys.
+    /// Sets whether other processes serve the same keys.
     pub fn set_shared(&self, shared: bool) {
         self.is_shared.store(shared, Ordering::Relaxed);
     }
 
-    /// Whether other processes serve the same keys.
+    /// Returns whether other processes serve the same keys.
     #[must_use]
     pub fn is_shared(&self) -> bool {
         self.is_shared.load(Ordering::Relaxed)

@@ -1,5 +1,7 @@
-//! Look-ups for an authorization: what is found goes into a read set, so that the transaction can compare it with the
-//! tables. Every look-up is of the record as it is stored, whatever is in doubt: a commit settles doubts first.
+//! Look-ups for an authorization, which add what they find to a read set.
+//!
+//! The transaction then compares the read set with the tables. Every look-up reads the record as it is stored,
+//! regardless of uncertain changes: a commit resolves these first.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -16,10 +18,15 @@ use crate::{
     store::{ReadSet, ReadState, RecordId},
 };
 
-use super::{CheckError, Engine, KeyMatch, KeyRef, index::Index};
+use super::{
+    check::Engine,
+    check_outcome::KeyMatch,
+    error::CheckError,
+    index::{Index, KeyRef},
+};
 
 impl Index {
-    /// The role that a name stands for in an account: its own before the global one.
+    /// Resolves a role's name in an account: the account's own role before the global one.
     pub fn resolve_role_tracked(
         &self,
         account: Option<&AccountId>,
@@ -30,7 +37,7 @@ impl Index {
         own.or_else(|| self.role_record_tracked(None, name, reads))
     }
 
-    /// The role at exactly this place.
+    /// The role with exactly this account and name.
     pub fn role_record_tracked(
         &self,
         account: Option<&AccountId>,
@@ -38,8 +45,8 @@ impl Index {
         reads: &mut ReadSet,
     ) -> Option<Arc<Role>> {
         let role = self.role_record(account, name);
-        let seen = ReadState::from_revision(role.as_ref().map(|role| role.revision));
-        reads.add(RecordId::Role(account.cloned(), name.clone()), seen);
+        let read_state = ReadState::from_revision(role.as_ref().map(|role| role.revision));
+        reads.add(RecordId::Role(account.cloned(), name.clone()), read_state);
         role
     }
 
@@ -51,26 +58,31 @@ impl Index {
         reads: &mut ReadSet,
     ) -> Option<Arc<AccountMember>> {
         let member = self.member_record(account, user);
-        let seen = ReadState::from_revision(member.as_ref().map(|member| member.revision));
-        reads.add(RecordId::Member(account.clone(), user.clone()), seen);
+        let read_state = ReadState::from_revision(member.as_ref().map(|member| member.revision));
+        reads.add(RecordId::Member(account.clone(), user.clone()), read_state);
         member
     }
 
-    /// An account.
+    /// The record of an account.
     pub fn account_record_tracked(&self, id: &AccountId, reads: &mut ReadSet) -> Option<Arc<Account>> {
         let account = self.account_record(id);
-        let seen = ReadState::from_revision(account.as_ref().map(|account| account.revision));
-        reads.add(RecordId::Account(id.clone()), seen);
+        let read_state = ReadState::from_revision(account.as_ref().map(|account| account.revision));
+        reads.add(RecordId::Account(id.clone()), read_state);
         account
     }
 
-    /// Everything besides its record that decides what a key is granted in an account.
-    fn track_grant_sources(&self, key: &impl KeyAttributes, asked: Option<&AccountId>, reads: &mut ReadSet) {
+    /// Adds everything besides its record that determines what a key is granted in an account.
+    fn track_grant_sources(
+        &self,
+        key: &impl KeyAttributes,
+        requested: Option<&AccountId>,
+        reads: &mut ReadSet,
+    ) {
         let owner = key.owner().account();
         for name in key.roles() {
             self.resolve_role_tracked(owner, name, reads);
         }
-        let Some(account) = owner.or(asked) else { return };
+        let Some(account) = owner.or(requested) else { return };
         self.account_record_tracked(account, reads);
         let member = key.owner().user().and_then(|user| self.member_record_tracked(account, user, reads));
         if let Some(member) = member {
@@ -80,17 +92,19 @@ impl Index {
 }
 
 impl Engine {
-    /// Judges a caller again: its key and what it is granted now, or the first thing that stands against it. Nothing is
-    /// charged. The records are read before the judgement, which therefore rests on them or on newer ones; newer ones
-    /// do not match the read set.
+    /// Authenticates a caller again: returns its key and scopes, or the primary reason why it
+    /// may not call. Consumes nothing.
+    ///
+    /// The read set is filled before the evaluation, which therefore rests on these records or on newer ones. Newer
+    /// ones do not match the read set.
     ///
     /// # Errors
-    /// As [`Engine::authenticate`], and when the lease has run out.
+    /// As [`Engine::authenticate`]; also if the lease has expired.
     pub fn reauthenticate_tracked(
         &self,
         digest: &TokenDigest,
         account: Option<&AccountId>,
-        anywhere: bool,
+        account_optional: bool,
         peer: Option<IpAddr>,
         reads: &mut ReadSet,
     ) -> Result<Result<(KeyRef, ScopeSet), Reason>, CheckError> {
@@ -99,52 +113,55 @@ impl Engine {
             reads.add(RecordId::Key(found.key.id()), ReadState::UnchangedSince(revision));
             self.index.track_grant_sources(&found.key, account, reads);
         }
-        let judged = self.lease.with_validity(
+        let evaluation = self.lease.with_validity(
             || self.clock.boottime(),
-            |fresh| self.evaluate_caller_digest(digest, account, anywhere, peer, fresh),
+            |has_valid_lease| {
+                self.evaluate_caller_digest(digest, account, account_optional, peer, has_valid_lease)
+            },
         )?;
-        let judged = match judged {
-            Ok(judged) if judged.failures.primary_reason() == Reason::Ok => judged,
-            Ok(judged) => return Ok(Err(judged.failures.primary_reason())),
+        let evaluation = match evaluation {
+            Ok(evaluation) if evaluation.failures.primary_reason() == Reason::Ok => evaluation,
+            Ok(evaluation) => return Ok(Err(evaluation.failures.primary_reason())),
             Err(reason) => return Ok(Err(reason)),
         };
-        if !judged.has_valid_lease {
+        if !evaluation.has_valid_lease {
             return Err(CheckError::LeaseLost);
         }
-        let (key, version) = (judged.found_key.key, judged.found_key.secret_version);
-        let superseded = key.secret_expiries().find(|(of, _)| *of == version).and_then(|(_, end)| end);
-        [key.expires_at(), superseded].into_iter().flatten().for_each(|end| reads.limit_until(end));
-        Ok(Ok((key, judged.granted_scopes)))
+        let (key, secret_version) = (evaluation.found_key.key, evaluation.found_key.secret_version);
+        let superseded_at =
+            key.secret_expiries().find(|(of, _)| *of == secret_version).and_then(|(_, end)| end);
+        [key.expires_at(), superseded_at].into_iter().flatten().for_each(|end| reads.limit_until(end));
+        Ok(Ok((key, evaluation.granted_scopes)))
     }
 
-    /// Whether the account of a certificate's caller exists and is not suspended.
+    /// Returns whether the account of a caller with a certificate exists and is not suspended.
     ///
     /// # Errors
-    /// When the first snapshot is not loaded yet, or the lease has run out.
+    /// The first snapshot is not loaded, or the lease has expired.
     pub fn is_certificate_account_active_tracked(
         &self,
         identity: &CertificateIdentity,
         reads: &mut ReadSet,
     ) -> Result<bool, CheckError> {
         self.index.account_record_tracked(identity.account(), reads);
-        let vouched = self.account_status(identity.account())?;
-        if vouched.is_active && !vouched.has_valid_lease {
+        let status = self.account_status(identity.account())?;
+        if status.is_active && !status.has_valid_lease {
             Err(CheckError::LeaseLost)
         } else {
-            Ok(vouched.is_active)
+            Ok(status.is_active)
         }
     }
 
-    /// The key of a living token, in whatever state that key is. A superseded token proves nothing, unless its key is
-    /// revoked.
+    /// The key of a token whose possession counts as proof, in any state of the key. A superseded token proves nothing
+    /// unless its key is revoked.
     ///
     /// # Errors
-    /// As [`Engine::lookup`].
+    /// As [`Engine::find_key_by_token`].
     pub fn find_possessed_key(&self, digest: &TokenDigest) -> Result<Option<KeyMatch>, CheckError> {
-        let living = |holder: &KeyMatch| {
-            holder.key.is_revoked()
-                || !holder.key.is_secret_superseded(holder.secret_version, self.clock.now())
+        let proves_possession = |key_match: &KeyMatch| {
+            key_match.key.is_revoked()
+                || !key_match.key.is_secret_superseded(key_match.secret_version, self.clock.now())
         };
-        Ok(self.find_key_by_digest(Some(digest))?.filter(living))
+        Ok(self.find_key_by_digest(Some(digest))?.filter(proves_possession))
     }
 }

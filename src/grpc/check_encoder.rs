@@ -158,7 +158,7 @@ mod tests {
             scope::Scope,
             time::{Revision, Timestamp},
         },
-        engine::{ActingAccount, KeyMatch, KeyRef, limiter::LimitOutcome},
+        engine::{KeyMatch, KeyRef, check_outcome::ActingAccount, limiter::LimitOutcome},
     };
     use prost::Message as _;
     use std::time::Duration;

@@ -1,6 +1,7 @@
-//! Which replicas seem to have acknowledged what: what they tell once they have. It is good for one thing, to know when
-//! reading their rows is worth it. Nothing is in force for anything that stands here: it may come late or never, and
-//! anybody could have said it.
+//! Tracks which replicas seem to have acknowledged which revision, from their notifications.
+//!
+//! Advisory only: notifications may be late, lost or forged. They decide when reading the replicas' rows
+//! is worthwhile, and nothing else.
 
 use std::collections::HashMap;
 
@@ -11,62 +12,66 @@ use crate::{
     store::replica_registry::ReplicaSnapshot,
 };
 
-/// Beyond so many replicas nobody tells: each would be heard by all, and it takes long enough for a poll to be as good.
+/// With more replicas than this none sends notifications: each would reach all others, and a poll is as fast by then.
 pub(super) const MAX_NOTIFYING_REPLICAS: u64 = 16;
 
-/// What replicas have told.
+/// What the notifications have shown so far.
 #[derive(Debug, Default)]
 pub(super) struct AckTracker(watch::Sender<ObservedAcks>);
 
 #[derive(Debug, Default)]
 struct ObservedAcks {
-    /// What is told is heard here.
+    /// Whether notifications arrive at all.
     is_receiving: bool,
-    /// Those that the newest reading of the rows knew: nothing is kept of others.
+    /// The replicas of the newest reading of the rows; others are ignored.
     revision_by_replica: HashMap<ReplicaId, Revision>,
 }
 
 impl AckTracker {
-    /// Whether what is told comes here at all: it does not pass a pooler.
+    /// Returns whether notifications arrive; a connection pooler may drop them.
     pub(super) fn is_receiving(&self) -> bool {
         self.0.borrow().is_receiving
     }
 
-    pub(super) fn set_receiving(&self, hears: bool) {
-        self.0.send_if_modified(|heard| std::mem::replace(&mut heard.is_receiving, hears) != hears);
+    pub(super) fn set_receiving(&self, receiving: bool) {
+        self.0.send_if_modified(|observed| {
+            std::mem::replace(&mut observed.is_receiving, receiving) != receiving
+        });
     }
 
-    /// A replica has told up to where it has acknowledged.
-    pub(super) fn record_ack(&self, replica: ReplicaId, upto: Revision) {
-        self.0.send_if_modified(|heard| {
-            heard
+    /// Records that a replica has acknowledged everything up to this revision.
+    pub(super) fn record_ack(&self, replica: ReplicaId, up_to: Revision) {
+        self.0.send_if_modified(|observed| {
+            observed
                 .revision_by_replica
                 .get_mut(&replica)
-                .is_some_and(|known| std::mem::replace(known, upto.max(*known)) < upto)
+                .is_some_and(|acked| std::mem::replace(acked, up_to.max(*acked)) < up_to)
         });
     }
 
-    /// The rows say who there is, and up to where each has acknowledged. What was told beyond the newest revision was no
-    /// replica's word.
+    /// Sets the replicas and their acknowledged revisions from the rows. A notified revision beyond the newest one
+    /// cannot be genuine and is dropped.
     pub(super) fn update_replicas(&self, ReplicaSnapshot { listing, head, .. }: &ReplicaSnapshot) {
-        self.0.send_modify(|heard| {
-            let before = std::mem::take(&mut heard.revision_by_replica);
-            let holding = listing.rows.iter().filter_map(|row| Some((row.id, row.applied?)));
-            let told = |id| before.get(&id).copied().filter(|told| told <= head).unwrap_or_default();
-            heard.revision_by_replica = holding.map(|(id, applied)| (id, applied.max(told(id)))).collect();
+        self.0.send_modify(|observed| {
+            let before = std::mem::take(&mut observed.revision_by_replica);
+            let applied = listing.rows.iter().filter_map(|row| Some((row.id, row.applied?)));
+            let reported =
+                |id| before.get(&id).copied().filter(|reported| reported <= head).unwrap_or_default();
+            observed.revision_by_replica =
+                applied.map(|(id, applied)| (id, applied.max(reported(id)))).collect();
         });
     }
 
-    /// Returns when all that are known, without `own`, seem to have acknowledged the revision; never where none are.
+    /// Resolves when all known replicas except `own` seem to have acknowledged the revision; never if none is known.
     pub(super) async fn wait_for_all(&self, own: Option<ReplicaId>, revision: Revision) {
-        let all = |heard: &ObservedAcks| {
-            let mut others = heard
+        let all = |observed: &ObservedAcks| {
+            let mut others = observed
                 .revision_by_replica
                 .iter()
                 .filter(|(id, _)| Some(**id) != own)
-                .map(|(_, upto)| upto)
+                .map(|(_, up_to)| up_to)
                 .peekable();
-            others.peek().is_some() && others.all(|upto| *upto >= revision)
+            others.peek().is_some() && others.all(|up_to| *up_to >= revision)
         };
         if self.0.subscribe().wait_for(all).await.is_err() {
             std::future::pending().await

@@ -1,6 +1,6 @@
 //! Compares this machine's wall clock with the database's: keys expire by each replica's own clock.
 //!
-//! Not here: leases, which go by the boot clock and need no wall clock.
+//! Leases are not affected: they use the boot clock.
 
 use std::{
     sync::atomic::{AtomicI64, AtomicU64, Ordering},
@@ -9,14 +9,14 @@ use std::{
 
 use crate::{domain::time::Timestamp, log_throttle::LogThrottle};
 
-/// From which difference on expiry is visibly wrong.
+/// From this offset on, keys visibly expire at the wrong time.
 const MAX_TOLERATED_OFFSET: Duration = Duration::from_secs(1);
-/// A reading that took longer says too little.
+/// A slower reading is too inaccurate.
 const MAX_ROUND_TRIP: Duration = Duration::from_millis(500);
 
-/// How far this machine's wall clock is ahead of the database's, by the newest reading that was exact enough.
+/// The offset of this machine's wall clock from the database's, by the newest reading that was accurate enough.
 #[derive(Debug)]
-pub struct ClockOffset {
+pub(crate) struct ClockOffset {
     offset_micros: AtomicI64,
     readings: AtomicU64,
     log_throttle: LogThrottle,
@@ -33,16 +33,16 @@ impl Default for ClockOffset {
 }
 
 impl ClockOffset {
-    /// In seconds, positive if this machine is ahead; None before the first reading. It may be wrong by half of a round
-    /// trip, at most a quarter of a second.
+    /// The offset in seconds, positive if this machine is ahead; `None` before the first reading. The error is at most
+    /// half a round trip, a quarter of a second.
     #[must_use]
-    pub fn seconds(&self) -> Option<f64> {
+    pub(crate) fn seconds(&self) -> Option<f64> {
         let read = self.readings.load(Ordering::Acquire) > 0;
         read.then(|| self.offset_micros.load(Ordering::Relaxed) as f64 / 1e6)
     }
 
-    /// Takes a reading of the database's clock, made between two of this machine's. Logs a difference beyond what is
-    /// tolerated, now and then.
+    /// Records the database's time, read between two readings of the local clock. Warns about a large offset,
+    /// at most once per hour.
     pub(super) fn record(&self, before: Timestamp, database: Timestamp, after: Timestamp) {
         let Some(reading) = OffsetReading::new(before, database, after) else { return };
         self.offset_micros.store(reading.offset_micros, Ordering::Relaxed);
@@ -58,17 +58,17 @@ impl ClockOffset {
     }
 }
 
-/// What one reading says, in microseconds.
+/// One reading of the offset, in microseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct OffsetReading {
-    /// From the middle of the round trip.
+    /// Measured from the middle of the round trip.
     offset_micros: i64,
-    /// By how much that may be wrong.
+    /// The maximum error of `offset_micros`.
     error_micros: i64,
 }
 
 impl OffsetReading {
-    /// None where the reading took too long, or this machine's clock was set meanwhile.
+    /// Returns `None` if the reading took too long, or if the local clock was set meanwhile.
     fn new(before: Timestamp, database: Timestamp, after: Timestamp) -> Option<OffsetReading> {
         if after < before || after.saturating_duration_since(before) > MAX_ROUND_TRIP {
             return None;
@@ -78,7 +78,7 @@ impl OffsetReading {
         Some(OffsetReading { offset_micros: offset, error_micros: error })
     }
 
-    /// The least difference that fits the reading.
+    /// The smallest difference that is consistent with the reading.
     fn min_difference(self) -> Duration {
         let error = u64::try_from(self.error_micros).unwrap_or(0);
         Duration::from_micros(self.offset_micros.unsigned_abs().saturating_sub(error))
@@ -101,7 +101,7 @@ mod tests {
         assert_eq!((ahead.offset_micros, ahead.min_difference()), (2_050_000, Duration::from_millis(2000)));
         let behind = reading(0, 1040, 100).unwrap();
         assert_eq!((behind.offset_micros, behind.min_difference()), (-990_000, Duration::from_millis(940)));
-        assert_eq!(reading(0, 50, 501), None, "too slow to say much");
+        assert_eq!(reading(0, 50, 501), None, "the round trip was too slow");
         assert_eq!(reading(100, 50, 0), None, "the clock was set meanwhile");
     }
 

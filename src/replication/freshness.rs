@@ -1,6 +1,10 @@
-//! Hearing what other replicas have committed, before a change is judged here: who makes an account on one replica
-//! finds it on another. And seeing, before something is said not to be there, that it was looked for in the newest
-//! state. The guarantee does not rest on it: what takes rights away has been waited for. That a fault is no verdict does.
+//! Makes this replica catch up with the commits of others before it answers from its own state.
+//!
+//! A change is validated only after the newest entries were applied: an account that was created on one replica exists
+//! on all. "Not found" is answered only if the look-up used the newest state.
+//!
+//! The propagation guarantee does not depend on this: restrictions are waited for elsewhere. What depends on it is that
+//! a fault never becomes a verdict.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,15 +18,15 @@ use crate::store::{
     replica_registry::{MAX_CHANGES_PER_REPLY, ReplicaRegistry},
 };
 
-use super::{log_applier::LogApplier, replica_task::ReplicaStatus};
+use super::{log_applier::LogApplier, replica_status::ReplicaStatus};
 
-/// How many may wait for one reading; those beyond wait for a place.
+/// The maximum number of requests that wait for one reading; more wait for room in the queue.
 const MAX_WAITING_REQUESTS: usize = 1024;
 
-/// How long a reading is waited for. A database that says nothing is not asked the whole time that a call has.
+/// The time limit for a reading: an unresponsive database must not use up the time of the call.
 const CATCH_UP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The way to the newest changes.
+/// Brings the index up to date before a look-up.
 #[derive(Clone)]
 pub struct FreshnessBarrier(Option<FreshnessSource>);
 
@@ -40,73 +44,76 @@ impl std::fmt::Debug for FreshnessBarrier {
 }
 
 impl FreshnessBarrier {
-    /// Where nobody else commits.
+    /// For the only process on a database.
     #[must_use]
-    pub const fn for_single_process() -> FreshnessBarrier {
+    pub(crate) const fn for_single_process() -> FreshnessBarrier {
         FreshnessBarrier(None)
     }
 
-    /// Where others do. Readings run on the current runtime for as long as anybody may ask.
+    /// For replicas. Starts a task on the current runtime that serves the readings.
     #[must_use]
-    pub fn for_replicas(
-        fleet: Arc<dyn ReplicaRegistry>,
-        follow: Arc<LogApplier>,
-        sight: Arc<ReplicaStatus>,
+    pub(crate) fn for_replicas(
+        registry: Arc<dyn ReplicaRegistry>,
+        log_applier: Arc<LogApplier>,
+        status: Arc<ReplicaStatus>,
     ) -> FreshnessBarrier {
-        let (asks, asked) = mpsc::channel(MAX_WAITING_REQUESTS);
-        tokio::spawn(serve_catch_ups(fleet.clone(), follow, asked));
-        FreshnessBarrier(Some(FreshnessSource { requests: asks, registry: fleet, status: sight }))
+        let (requests, receiver) = mpsc::channel(MAX_WAITING_REQUESTS);
+        tokio::spawn(serve_catch_ups(registry.clone(), log_applier, receiver));
+        FreshnessBarrier(Some(FreshnessSource { requests, registry, status }))
     }
 
-    /// Whether everything is in the index that was committed before: else the database has failed to tell, and what
-    /// is not there may be there all the same.
-    pub async fn catch_up(&self) -> bool {
-        let Some(FreshnessSource { requests: asks, .. }) = &self.0 else { return true };
-        let (answer, heard) = oneshot::channel();
-        let asked = async {
-            match asks.send(answer).await {
-                Ok(()) => heard.await.unwrap_or(false),
+    /// Applies everything that was committed before this call. Returns false if the database did not answer; then
+    /// a missing record may exist.
+    pub(crate) async fn catch_up(&self) -> bool {
+        let Some(FreshnessSource { requests, .. }) = &self.0 else { return true };
+        let (reply, received) = oneshot::channel();
+        let receiver = async {
+            match requests.send(reply).await {
+                Ok(()) => received.await.unwrap_or(false),
                 Err(_) => false,
             }
         };
-        tokio::time::timeout(CATCH_UP_TIMEOUT, asked).await.unwrap_or(false)
+        tokio::time::timeout(CATCH_UP_TIMEOUT, receiver).await.unwrap_or(false)
     }
 
-    /// Whether what was read from the database since then was the newest there was: else it may be one that another has
-    /// replaced, and what is not there may be in the other.
-    pub async fn confirm_linearizable(&self, since: Instant) -> bool {
-        let Some(FreshnessSource { registry: fleet, status: sight, .. }) = &self.0 else { return true };
-        let Some(id) = sight.replica_id() else { return false };
-        let proven = tokio::time::timeout(CATCH_UP_TIMEOUT, fleet.confirm_primary(id, since)).await;
-        matches!(proven, Ok(Ok(true)))
+    /// Returns whether the database read since `since` was still the primary. If not, a promoted
+    /// standby may have newer records.
+    pub(crate) async fn confirm_linearizable(&self, since: Instant) -> bool {
+        let Some(FreshnessSource { registry, status, .. }) = &self.0 else { return true };
+        let Some(id) = status.replica_id() else { return false };
+        let confirmed = tokio::time::timeout(CATCH_UP_TIMEOUT, registry.confirm_primary(id, since)).await;
+        matches!(confirmed, Ok(Ok(true)))
     }
 }
 
-/// One reading for all who asked before it was begun.
+/// Serves all requests that arrived before a reading with that one reading.
 async fn serve_catch_ups(
-    fleet: Arc<dyn ReplicaRegistry>,
-    follow: Arc<LogApplier>,
-    mut asked: mpsc::Receiver<oneshot::Sender<bool>>,
+    registry: Arc<dyn ReplicaRegistry>,
+    log_applier: Arc<LogApplier>,
+    mut receiver: mpsc::Receiver<oneshot::Sender<bool>>,
 ) {
     let mut waiting = Vec::new();
-    while asked.recv_many(&mut waiting, MAX_WAITING_REQUESTS).await > 0 {
-        let heard = apply_new_entries(&*fleet, &follow).await.unwrap_or_else(|error| {
-            tracing::warn!(error = &error as &dyn std::error::Error, "the newest changes were not read");
+    while receiver.recv_many(&mut waiting, MAX_WAITING_REQUESTS).await > 0 {
+        let received = apply_new_entries(&*registry, &log_applier).await.unwrap_or_else(|error| {
+            tracing::warn!(error = &error as &dyn std::error::Error, "catching up with the log failed");
             false
         });
-        for answer in waiting.drain(..) {
-            // Whoever has gone away does not hear of it.
-            let _ = answer.send(heard);
+        for reply in waiting.drain(..) {
+            // The caller may have given up.
+            let _ = reply.send(received);
         }
     }
 }
 
-/// Reads what was there when it began. What does not fit is the feed's to deal with.
-async fn apply_new_entries(fleet: &dyn ReplicaRegistry, follow: &LogApplier) -> Result<bool, StoreError> {
-    while let Some(at) = follow.position() {
-        let rows = fleet.fetch_changes_after(at.revision).await?;
-        let last = rows.len() < MAX_CHANGES_PER_REPLY as usize;
-        if follow.apply_and_request_ack(rows)?.is_err() {
+/// Reads and applies the entries that exist at the start. An error to apply them is left to the replica task.
+async fn apply_new_entries(
+    registry: &dyn ReplicaRegistry,
+    log_applier: &LogApplier,
+) -> Result<bool, StoreError> {
+    while let Some(at) = log_applier.position() {
+        let entries = registry.fetch_changes_after(at.revision).await?;
+        let last = entries.len() < MAX_CHANGES_PER_REPLY as usize;
+        if log_applier.apply_and_request_ack(entries)?.is_err() {
             return Ok(false);
         }
         if last {

@@ -1,5 +1,7 @@
-//! The one way into the index. Changes come from this process's own commits, from renewals and from reading the log
-//! at a hint, and may come twice; they go in once, in revision order, each linked by its hash to the one before.
+//! Applies log entries to the index; nothing else changes it after the load.
+//!
+//! Entries come from own commits, from renewals and from tailing the log, and may come twice. They are applied once, in
+//! revision order, and each must be linked by its hash to the one before.
 
 use std::{
     collections::VecDeque,
@@ -10,7 +12,7 @@ use tokio::sync::watch;
 
 use crate::{
     domain::{
-        lease::LogPosition,
+        lease::{LogPosition, replica::ReplicaEvent},
         log::{ChainHash, LogEntry, RecordChange},
         time::Revision,
     },
@@ -18,21 +20,21 @@ use crate::{
     store::{LogHead, StoreError, WriteRequest, group_commit::ChangeListener},
 };
 
-/// How many of the newest links are remembered.
+/// How many of the newest entries' hashes are kept.
 const MAX_RECENT_HASHES: usize = 4096;
 
-/// Why changes did not go in.
+/// Why entries were not applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ApplyError {
-    /// Nothing is loaded yet.
+pub(crate) enum ApplyError {
+    /// No snapshot is loaded yet.
     NotLoaded,
-    /// The changes between are missing.
+    /// Entries between these and the applied ones are missing.
     Gap,
-    /// They are of another history than what the index holds.
+    /// The entries belong to another history than the applied ones.
     HistoryDiverged {
-        /// What it holds.
+        /// The position of the index.
         ours: LogPosition,
-        /// The newest that came.
+        /// The newest entry that was received.
         head: Revision,
     },
 }
@@ -40,20 +42,20 @@ pub enum ApplyError {
 #[derive(Default)]
 struct ApplierState {
     position: Option<LogPosition>,
-    /// The newest change of others that may take something away, until it is acknowledged.
+    /// The newest entry of another process that may be a restriction, until it is acknowledged.
     unacknowledged: Option<Revision>,
     recent_hashes: VecDeque<(Revision, ChainHash)>,
 }
 
-/// The index with its place in the history.
+/// The index and its position in the log.
 pub struct LogApplier {
     index: Arc<Index>,
     state: Mutex<ApplierState>,
-    /// Where it is; nothing before the first snapshot.
+    /// The position of the index; `None` before the first snapshot.
     position: watch::Sender<Option<LogPosition>>,
-    /// Where it was after the newest changes of others that somebody may wait for, and that did not come with a renewal.
+    /// The position after the newest entries of others that may be restrictions and did not come with a renewal.
     ack_requests: watch::Sender<Option<LogPosition>>,
-    /// Another history was met where none was looked for.
+    /// The error with which an own commit, or a change applied after it, met another history.
     divergence: watch::Sender<Option<ApplyError>>,
 }
 
@@ -64,56 +66,50 @@ impl std::fmt::Debug for LogApplier {
 }
 
 impl LogApplier {
-    /// Over an index that nothing is loaded into.
+    /// Starts without a position: nothing is loaded into the index yet.
     #[must_use]
-    pub fn new(index: Arc<Index>) -> LogApplier {
-        let (moved, heard, diverged) = Default::default();
-        LogApplier {
-            index,
-            state: Mutex::default(),
-            position: moved,
-            ack_requests: heard,
-            divergence: diverged,
-        }
+    pub(crate) fn new(index: Arc<Index>) -> LogApplier {
+        let (moved, ack_requests, divergence) = Default::default();
+        LogApplier { index, state: Mutex::default(), position: moved, ack_requests, divergence }
     }
 
     fn lock_state(&self) -> MutexGuard<'_, ApplierState> {
-        // The data is whole between any two statements that could panic: see `apply_sequence`.
+        // The data is consistent between any two statements that could panic: see `apply_sequence`.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The index.
+    /// The index that the entries are applied to.
     #[must_use]
-    pub fn index(&self) -> &Arc<Index> {
+    pub(crate) fn index(&self) -> &Arc<Index> {
         &self.index
     }
 
-    /// Where it is.
+    /// The position of the index in the log.
     #[must_use]
-    pub fn position(&self) -> Option<LogPosition> {
+    pub(crate) fn position(&self) -> Option<LogPosition> {
         self.lock_state().position
     }
 
-    /// Tells where it is, each time that it moves.
+    /// Observes the position of the index.
     #[must_use]
-    pub fn subscribe_position(&self) -> watch::Receiver<Option<LogPosition>> {
+    pub(crate) fn subscribe_position(&self) -> watch::Receiver<Option<LogPosition>> {
         self.position.subscribe()
     }
 
-    /// Tells where it is, each time that it holds something new of others that is to be acknowledged at once.
+    /// Observes the positions that must be acknowledged at once.
     #[must_use]
-    pub fn subscribe_ack_requests(&self) -> watch::Receiver<Option<LogPosition>> {
+    pub(crate) fn subscribe_ack_requests(&self) -> watch::Receiver<Option<LogPosition>> {
         self.ack_requests.subscribe()
     }
 
-    /// Tells when this process's own commit has met another history.
+    /// Observes the errors of own commits that met another history.
     #[must_use]
-    pub fn subscribe_divergence(&self) -> watch::Receiver<Option<ApplyError>> {
+    pub(crate) fn subscribe_divergence(&self) -> watch::Receiver<Option<ApplyError>> {
         self.divergence.subscribe()
     }
 
-    /// Forgets everything: another snapshot is loaded. Nobody finds anything until then.
-    pub fn reset(&self) {
+    /// Clears the index before another snapshot is loaded. Until then nothing is found.
+    pub(crate) fn reset(&self) {
         let mut state = self.lock_state();
         *state = ApplierState::default();
         self.index.clear();
@@ -122,8 +118,8 @@ impl LogApplier {
         self.divergence.send_replace(None);
     }
 
-    /// The snapshot is loaded, as of here.
-    pub fn finish_load(&self, LogHead { revision, hash }: LogHead) {
+    /// Sets the position of the snapshot that was loaded.
+    pub(crate) fn finish_load(&self, LogHead { revision, hash }: LogHead) {
         let mut state = self.lock_state();
         let at = LogPosition { revision, hash };
         state.set_position(at);
@@ -131,60 +127,60 @@ impl LogApplier {
         self.position.send_replace(Some(at));
     }
 
-    /// The log's link at a revision, if that is one of the newest.
+    /// The hash of an entry, if it is one of the newest.
     #[must_use]
-    pub fn entry_hash(&self, revision: Revision) -> Option<ChainHash> {
+    pub(crate) fn entry_hash(&self, revision: Revision) -> Option<ChainHash> {
         self.lock_state().entry_hash(revision)
     }
 
-    /// Whether somebody may wait to hear that everything up to here is acknowledged. It is told once.
+    /// Returns whether an acknowledgment up to this revision may be awaited. Each is returned once.
     #[must_use]
-    pub fn take_due_ack(&self, upto: Revision) -> bool {
-        self.lock_state().unacknowledged.take_if(|untold| *untold <= upto).is_some()
+    pub(crate) fn take_due_ack(&self, up_to: Revision) -> bool {
+        self.lock_state().unacknowledged.take_if(|unacked| *unacked <= up_to).is_some()
     }
 
-    /// Takes changes of others that are in order; those that it has already do not count. Gives where it is then, and
-    /// whether any was new.
+    /// Applies consecutive entries of other processes; those already applied are skipped. Returns the new position, and
+    /// whether any entry was new.
     ///
     /// # Errors
-    /// When they do not follow what it has. What followed up to there is in force.
-    pub fn apply_entries(
+    /// An entry does not follow its predecessor. Those before it are applied.
+    pub(crate) fn apply_entries(
         &self,
-        rows: &[(LogEntry, RecordChange)],
+        entries: &[(LogEntry, RecordChange)],
     ) -> Result<(LogPosition, bool), ApplyError> {
-        self.apply_sequence(rows, true)
+        self.apply_sequence(entries, true)
     }
 
     fn apply_sequence(
         &self,
-        rows: &[(LogEntry, RecordChange)],
-        others: bool,
+        entries: &[(LogEntry, RecordChange)],
+        from_others: bool,
     ) -> Result<(LogPosition, bool), ApplyError> {
-        let mut place_of_state = self.lock_state();
-        // Away while the index takes what it says: should that panic, nothing is known to be in force any more.
-        let mut state = std::mem::take(&mut *place_of_state);
-        let (mut new, mut moved, mut broken) = (0..0, false, None);
-        for (place, (row, _)) in rows.iter().enumerate() {
-            match state.advance(row, others) {
-                Ok(true) if new.end == place => new.end += 1,
+        let mut guard = self.lock_state();
+        // Taken out while the index applies the entries: after a panic, nothing counts as applied.
+        let mut state = std::mem::take(&mut *guard);
+        let (mut new, mut moved, mut error) = (0..0, false, None);
+        for (offset, (entry, _)) in entries.iter().enumerate() {
+            match state.advance(entry, from_others) {
+                Ok(true) if new.end == offset => new.end += 1,
                 Ok(true) => {
-                    self.index.apply_local(&rows[new]);
-                    new = place..place + 1;
+                    self.index.apply_local(&entries[new]);
+                    new = offset..offset + 1;
                 }
                 Ok(false) => continue,
                 Err(found) => {
-                    broken = Some(found);
+                    error = Some(found);
                     break;
                 }
             }
             moved = true;
         }
-        // Those that follow each other go in at once: the index makes room once for all of them.
-        self.index.apply_local(&rows[new]);
+        // Consecutive entries are applied together, so that the index publishes new keys block by block.
+        self.index.apply_local(&entries[new]);
         let at = state.position;
-        *place_of_state = state;
-        if let Some(broken) = broken {
-            return Err(broken);
+        *guard = state;
+        if let Some(error) = error {
+            return Err(error);
         }
         let at = at.ok_or(ApplyError::NotLoaded)?;
         if moved {
@@ -193,33 +189,47 @@ impl LogApplier {
         Ok((at, moved))
     }
 
-    /// The same, from rows as they were read.
+    /// Like [`LogApplier::apply_entries`], for entries that are not decoded yet.
     ///
     /// # Errors
-    /// When a row cannot be read; inside, as [`LogApplier::take`].
-    pub fn decode_and_apply(
+    /// An entry is damaged; the inner error is that of [`LogApplier::apply_entries`].
+    pub(crate) fn decode_and_apply(
         &self,
-        rows: Vec<LogEntry>,
+        entries: Vec<LogEntry>,
     ) -> Result<Result<(LogPosition, bool), ApplyError>, StoreError> {
-        let rows = rows.into_iter().map(LogEntry::decode_change).collect::<Result<Vec<_>, _>>();
-        rows.map(|rows| self.apply_entries(&rows)).map_err(|error| StoreError::Damaged(error.to_string()))
+        let entries = entries.into_iter().map(LogEntry::decode_change).collect::<Result<Vec<_>, _>>();
+        entries
+            .map(|entries| self.apply_entries(&entries))
+            .map_err(|error| StoreError::Damaged(error.to_string()))
     }
 
-    /// The same of rows that no renewal brought. What may take something away is to be acknowledged at once: somebody waits
-    /// for that. For the rest there is time until the next renewal.
+    /// Like [`LogApplier::decode_and_apply`], for entries that did not come with a renewal. If they may be a
+    /// restriction, requests an acknowledgment at once, because a caller may be waiting.
     ///
     /// # Errors
     /// As [`LogApplier::decode_and_apply`].
-    pub fn apply_and_request_ack(
+    pub(crate) fn apply_and_request_ack(
         &self,
-        rows: Vec<LogEntry>,
+        entries: Vec<LogEntry>,
     ) -> Result<Result<LogPosition, ApplyError>, StoreError> {
-        Ok(self.decode_and_apply(rows)?.map(|(at, moved)| self.request_ack(at, moved)))
+        Ok(self.decode_and_apply(entries)?.map(|(at, moved)| self.request_ack(at, moved)))
     }
 
-    fn report_divergence(&self, broken: ApplyError) {
-        tracing::error!(?broken, "changes that were committed do not follow what this process holds");
-        self.divergence.send_replace(Some(broken));
+    /// The event for the replica's state machine; `None` if no snapshot is loaded.
+    pub(super) fn divergence_event(&self, error: ApplyError) -> Option<ReplicaEvent> {
+        let ours = self.position()?;
+        let head = match error {
+            ApplyError::HistoryDiverged { head, .. } => head,
+            // Entries are missing or unreadable: the index may be incomplete.
+            ApplyError::Gap => ours.revision,
+            ApplyError::NotLoaded => return None,
+        };
+        Some(ReplicaEvent::Diverged { local_position: ours, head })
+    }
+
+    fn report_divergence(&self, error: ApplyError) {
+        tracing::error!(broken = ?error, "committed changes do not follow the state of this process");
+        self.divergence.send_replace(Some(error));
     }
 
     fn request_ack(&self, at: LogPosition, moved: bool) -> LogPosition {
@@ -231,33 +241,34 @@ impl LogApplier {
 }
 
 impl ApplierState {
-    /// Goes on to an entry that follows; one that is known already is none.
-    fn advance(&mut self, row: &LogEntry, others: bool) -> Result<bool, ApplyError> {
+    /// Advances to the next entry. Returns false for an entry that is already applied.
+    fn advance(&mut self, entry: &LogEntry, from_others: bool) -> Result<bool, ApplyError> {
         let at = self.position.ok_or(ApplyError::NotLoaded)?;
-        let other = ApplyError::HistoryDiverged { ours: at, head: row.revision };
-        if row.revision <= at.revision {
-            // Links that are long past are not remembered.
-            return match self.entry_hash(row.revision) {
-                Some(hash) if hash != row.hash => Err(other),
+        let other = ApplyError::HistoryDiverged { ours: at, head: entry.revision };
+        if entry.revision <= at.revision {
+            // The hashes of old entries are not kept.
+            return match self.entry_hash(entry.revision) {
+                Some(hash) if hash != entry.hash => Err(other),
                 _ => Ok(false),
             };
         }
-        if row.revision > at.revision.next() {
+        if entry.revision > at.revision.next() {
             return Err(ApplyError::Gap);
         }
-        // What this process has just made of what the database ended with needs no second look at its own hash.
-        let follows = if others { row.follows(at.revision, &at.hash) } else { row.prev_hash == at.hash };
+        // The writer has just computed the hash of an own entry from its predecessor, so it is not verified again.
+        let follows =
+            if from_others { entry.follows(at.revision, &at.hash) } else { entry.prev_hash == at.hash };
         if !follows {
             return Err(other);
         }
-        self.set_position(LogPosition { revision: row.revision, hash: row.hash });
-        if others && row.may_restrict() {
-            self.unacknowledged = Some(row.revision);
+        self.set_position(LogPosition { revision: entry.revision, hash: entry.hash });
+        if from_others && entry.may_restrict() {
+            self.unacknowledged = Some(entry.revision);
         }
         Ok(true)
     }
 
-    /// They follow each other without a gap.
+    /// The kept hashes are consecutive.
     fn entry_hash(&self, revision: Revision) -> Option<ChainHash> {
         let back = usize::try_from(self.position?.revision.0.checked_sub(revision.0)?).ok()?;
         let at = self.recent_hashes.len().checked_sub(back + 1)?;
@@ -278,16 +289,16 @@ impl ChangeListener for LogApplier {
         self.position().unwrap_or(LogPosition::START).revision
     }
 
-    fn apply_local(&self, rows: &[(LogEntry, RecordChange)]) {
-        if let Err(broken) = self.apply_sequence(rows, false) {
-            self.report_divergence(broken);
+    fn apply_local(&self, entries: &[(LogEntry, RecordChange)]) {
+        if let Err(error) = self.apply_sequence(entries, false) {
+            self.report_divergence(error);
         }
     }
 
-    fn apply_remote(&self, rows: &[(LogEntry, RecordChange)]) {
-        match self.apply_entries(rows) {
+    fn apply_remote(&self, entries: &[(LogEntry, RecordChange)]) {
+        match self.apply_entries(entries) {
             Ok((at, moved)) => drop(self.request_ack(at, moved)),
-            Err(broken) => self.report_divergence(broken),
+            Err(error) => self.report_divergence(error),
         }
     }
 

@@ -1,6 +1,10 @@
-//! What is quicker than renewals: this process's own commits, and reading the log when somebody else seems to have
-//! committed. A hint may never come, where a pooler drops notifications; so until one has been heard, the log is read
-//! four times a second. The truth never depends on either: each renewal brings what is lacking.
+//! Applies changes faster than renewals do: tails the log when another process seems to have committed,
+//! and forwards the new positions.
+//!
+//! Correctness does not depend on it: each renewal brings what is missing.
+//!
+//! Notifications may never arrive, because a pooler can drop them. So the log is polled four times
+//! a second until one arrives.
 
 use std::{
     sync::{
@@ -24,63 +28,64 @@ use crate::{
     },
 };
 
-use super::{
-    log_applier::LogApplier,
-    replica_task::{ReplicaStatus, ReplicaTaskInput, divergence_event},
-};
+use super::{log_applier::LogApplier, replica_input::ReplicaTaskInput, replica_status::ReplicaStatus};
 
-/// How often the log is read where hints do not come.
+/// How often the log is polled while no notifications arrive.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
-/// The pause after a failure; it doubles with each that follows.
+/// The pause after a failure; it doubles up to the maximum.
 const INITIAL_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 
-/// Tells the machine how far the map has come by other ways than its renewals, and what of it others wait to hear.
-pub(super) async fn forward_positions(follow: Arc<LogApplier>, answers: mpsc::Sender<ReplicaTaskInput>) {
-    let (mut moves, mut hearings) = (follow.subscribe_position(), follow.subscribe_ack_requests());
+/// Forwards the positions of the index to the state machine, and requests acknowledgments that others may wait for.
+pub(super) async fn forward_positions(log_applier: Arc<LogApplier>, inputs: mpsc::Sender<ReplicaTaskInput>) {
+    let (mut positions, mut ack_requests) =
+        (log_applier.subscribe_position(), log_applier.subscribe_ack_requests());
     loop {
-        let (at, heard) = tokio::select! {
-            moved = moves.changed() => match moved {
-                Ok(()) => (*moves.borrow_and_update(), false),
+        let (at, needs_ack) = tokio::select! {
+            moved = positions.changed() => match moved {
+                Ok(()) => (*positions.borrow_and_update(), false),
                 Err(_) => return,
             },
-            heard = hearings.changed() => match heard {
-                Ok(()) => (*hearings.borrow_and_update(), true),
+            requested = ack_requests.changed() => match requested {
+                Ok(()) => (*ack_requests.borrow_and_update(), true),
                 Err(_) => return,
             },
         };
         let Some(to) = at else { continue };
-        let hint = heard.then_some(ReplicaEvent::Hint);
+        let hint = needs_ack.then_some(ReplicaEvent::Hint);
         for event in [ReplicaEvent::Advanced { to }].into_iter().chain(hint) {
-            if answers.send(ReplicaTaskInput::Event(event)).await.is_err() {
+            if inputs.send(ReplicaTaskInput::Event(event)).await.is_err() {
                 return;
             }
         }
     }
 }
 
-/// Tells the machine when one of this process's own commits has met another history.
-pub(super) async fn forward_divergences(follow: Arc<LogApplier>, answers: mpsc::Sender<ReplicaTaskInput>) {
-    let mut broken = follow.subscribe_divergence();
-    while broken.changed().await.is_ok() {
-        let met = *broken.borrow_and_update();
-        if let Some(event) = met.and_then(|broken| divergence_event(broken, &follow))
-            && answers.send(ReplicaTaskInput::Event(event)).await.is_err()
+/// Forwards the errors of own commits that met another history.
+pub(super) async fn forward_divergences(
+    log_applier: Arc<LogApplier>,
+    inputs: mpsc::Sender<ReplicaTaskInput>,
+) {
+    let mut divergence = log_applier.subscribe_divergence();
+    while divergence.changed().await.is_ok() {
+        let error = *divergence.borrow_and_update();
+        if let Some(event) = error.and_then(|divergence| log_applier.divergence_event(divergence))
+            && inputs.send(ReplicaTaskInput::Event(event)).await.is_err()
         {
             return;
         }
     }
 }
 
-/// Whether one of these rules is left out.
+/// Returns whether fault injection disables one of these invariants.
 #[cfg(keyward_breakable)]
 fn is_any_disabled(rules: &[crate::domain::lease::LeaseInvariant]) -> bool {
     use crate::domain::lease::{AllInvariants, InvariantSet as _};
     rules.iter().any(|rule| !AllInvariants.enforces(*rule))
 }
 
-/// Waits before a renewal's changes are applied, where that is to be late: a window of microseconds becomes wide enough to
-/// be hit.
+/// Delays the entries of a renewal if fault injection disables an invariant, so that tests
+/// hit a window of microseconds.
 #[cfg(keyward_breakable)]
 pub(super) async fn delay_apply() {
     use crate::domain::lease::LeaseInvariant;
@@ -89,7 +94,8 @@ pub(super) async fn delay_apply() {
     }
 }
 
-/// Whether nothing but renewals is to bring changes, as where every hint is lost: some rules matter only there.
+/// Returns whether only renewals may deliver changes, as if every notification was lost:
+/// some invariants matter only then.
 #[cfg(keyward_breakable)]
 fn are_notifications_disabled() -> bool {
     use crate::domain::lease::LeaseInvariant;
@@ -100,52 +106,52 @@ fn are_notifications_disabled() -> bool {
     ])
 }
 
-/// Reads the log when others commit, or seem to.
+/// Tails the log: reads it after notifications, and polls it while there are none.
 pub(super) async fn tail_log(
-    fleet: Arc<dyn ReplicaRegistry>,
-    follow: Arc<LogApplier>,
-    sight: Arc<ReplicaStatus>,
-    answers: mpsc::Sender<ReplicaTaskInput>,
+    registry: Arc<dyn ReplicaRegistry>,
+    log_applier: Arc<LogApplier>,
+    status: Arc<ReplicaStatus>,
+    inputs: mpsc::Sender<ReplicaTaskInput>,
 ) {
     #[cfg(keyward_breakable)]
     if are_notifications_disabled() {
         return std::future::pending().await;
     }
-    let (hinted, hears) = (Notify::new(), AtomicBool::new(false));
+    let (poll_now, is_receiving) = (Notify::new(), AtomicBool::new(false));
     tokio::join!(
-        receive_notifications(&*fleet, &follow, &sight, &hinted, &hears),
-        poll_log(&*fleet, &follow, &answers, &hinted, &hears)
+        receive_notifications(&*registry, &log_applier, &status, &poll_now, &is_receiving),
+        poll_log(&*registry, &log_applier, &inputs, &poll_now, &is_receiving)
     );
 }
 
 async fn receive_notifications(
-    fleet: &dyn ReplicaRegistry,
-    follow: &LogApplier,
-    sight: &ReplicaStatus,
-    hinted: &Notify,
-    hears: &AtomicBool,
+    registry: &dyn ReplicaRegistry,
+    log_applier: &LogApplier,
+    status: &ReplicaStatus,
+    poll_now: &Notify,
+    is_receiving: &AtomicBool,
 ) {
     let mut backoff = INITIAL_BACKOFF;
-    let hear = |does: bool| {
-        hears.store(does, Ordering::Relaxed);
-        sight.ack_tracker().set_receiving(does);
+    let set_receiving = |receiving: bool| {
+        is_receiving.store(receiving, Ordering::Relaxed);
+        status.ack_tracker().set_receiving(receiving);
     };
     loop {
-        let hint = fleet.next_notification().await;
-        hear(hint.is_ok());
+        let hint = registry.next_notification().await;
+        set_receiving(hint.is_ok());
         match hint {
             Ok(hint) => {
                 backoff = INITIAL_BACKOFF;
                 match hint {
-                    ReplicaNotification::Acknowledged { replica, up_to: upto } => {
-                        sight.ack_tracker().record_ack(replica, upto);
+                    ReplicaNotification::Acknowledged { replica, up_to } => {
+                        status.ack_tracker().record_ack(replica, up_to);
                         continue;
                     }
-                    // Whoever commits takes it in without a reading.
+                    // The committing process applies its own entry.
                     ReplicaNotification::OwnCommit => continue,
-                    // Another hint, or a renewal, has brought it.
-                    ReplicaNotification::Committed(Some(upto))
-                        if upto <= ChangeListener::applied_revision(follow) =>
+                    // Another notification or a renewal has delivered it.
+                    ReplicaNotification::Committed(Some(up_to))
+                        if up_to <= ChangeListener::applied_revision(log_applier) =>
                     {
                         continue;
                     }
@@ -155,50 +161,53 @@ async fn receive_notifications(
             Err(error) => {
                 tracing::debug!(
                     error = &error as &dyn std::error::Error,
-                    "no notifications; the log is polled"
+                    "no notifications: polling the log"
                 );
                 sleep(backoff).await;
                 backoff = (backoff * 2).min(MAX_BACKOFF);
             }
         }
-        hinted.notify_one();
+        poll_now.notify_one();
     }
 }
 
 async fn poll_log(
-    fleet: &dyn ReplicaRegistry,
-    follow: &LogApplier,
-    answers: &mpsc::Sender<ReplicaTaskInput>,
-    hinted: &Notify,
-    hears: &AtomicBool,
+    registry: &dyn ReplicaRegistry,
+    log_applier: &LogApplier,
+    inputs: &mpsc::Sender<ReplicaTaskInput>,
+    poll_now: &Notify,
+    is_receiving: &AtomicBool,
 ) {
     loop {
-        if hears.load(Ordering::Relaxed) {
-            hinted.notified().await;
+        if is_receiving.load(Ordering::Relaxed) {
+            poll_now.notified().await;
         } else {
-            // A hint or the time: both are reasons to look.
-            let _ = timeout(POLL_INTERVAL, hinted.notified()).await;
+            // A notification or the timeout: both are reasons to read.
+            let _ = timeout(POLL_INTERVAL, poll_now.notified()).await;
         }
-        match read_new_entries(fleet, follow).await {
+        match read_new_entries(registry, log_applier).await {
             Ok(event) => {
                 if let Some(event) = event
-                    && answers.send(ReplicaTaskInput::Event(event)).await.is_err()
+                    && inputs.send(ReplicaTaskInput::Event(event)).await.is_err()
                 {
                     return;
                 }
             }
-            // The next renewal finds out too, and says so.
-            Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "the log was not read"),
+            // The next renewal fails too, and logs it.
+            Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "reading the log failed"),
         }
     }
 }
 
-/// Takes what the log has more. What does not fit is an event.
+/// Applies the newest entries of the log. Returns an event if they do not follow the applied ones.
 async fn read_new_entries(
-    fleet: &dyn ReplicaRegistry,
-    follow: &LogApplier,
+    registry: &dyn ReplicaRegistry,
+    log_applier: &LogApplier,
 ) -> Result<Option<ReplicaEvent>, StoreError> {
-    let Some(at) = follow.position() else { return Ok(None) };
-    let rows = fleet.fetch_changes_after(at.revision).await?;
-    Ok(follow.apply_and_request_ack(rows)?.err().and_then(|broken| divergence_event(broken, follow)))
+    let Some(at) = log_applier.position() else { return Ok(None) };
+    let entries = registry.fetch_changes_after(at.revision).await?;
+    Ok(log_applier
+        .apply_and_request_ack(entries)?
+        .err()
+        .and_then(|divergence| log_applier.divergence_event(divergence)))
 }

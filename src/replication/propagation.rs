@@ -1,8 +1,7 @@
-//! Waits, for each narrowing change, until no replica can allow any more what it narrowed: drives a revoker, and tells
-//! how far the change has come.
+//! Waits until a restriction is in force everywhere: until no replica can allow what it forbids.
 //!
-//! One reading of the replicas' rows serves every change that waited before it was begun. What this process itself has
-//! applied needs no reading.
+//! Each wait drives a propagation tracker of `domain::lease`, and reports its progress. One reading of the replicas'
+//! rows serves every change that waited before it. The acknowledgment of this process needs no reading.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -31,43 +30,44 @@ use crate::{
     trace::{self, CallPhase},
 };
 
-use super::{log_applier::LogApplier, replica_task::ReplicaStatus};
+use super::{log_applier::LogApplier, replica_status::ReplicaStatus};
 
-/// The longest that anybody waits where no lease ever runs out.
+/// The maximum wait if a replica's lease never expires.
 const MAX_WAIT: Duration = Duration::from_secs(300);
-/// How long after a commit others are asked about it at the earliest.
+/// The delay after a commit before the replicas' rows are read.
 const FIRST_POLL_DELAY: Duration = Duration::from_millis(1);
-/// The same where they tell that they have acknowledged it, and that is heard: then only if it is not.
+/// The delay if notifications of acknowledgments arrive: they usually make the reading unnecessary.
 const NOTIFIED_POLL_DELAY: Duration = Duration::from_millis(10);
-/// How many changes may wait for a reading; those beyond wait for a place.
+/// The maximum number of changes that wait for a reading; more wait for room in the queue.
 const MAX_WAITING_READS: usize = 1024;
 
-/// How far a change has come, in words for people.
+/// The progress of a change, with the names of the replicas.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PropagationReport {
-    /// The change.
-    pub revision: Revision,
-    /// Whether no replica can allow any more what it narrowed.
-    pub complete: bool,
-    /// The names of the replicas that have acknowledged it.
-    pub confirmed: Vec<String>,
-    /// Those that have not.
-    pub unconfirmed: Vec<LaggingReplica>,
-    /// When it will be complete at the latest. None = not before all of them have spoken, or it is not known yet.
-    pub complete_by: Option<Timestamp>,
-    /// Whether the change is on a synchronous standby of the database too.
-    pub sync_replicated: bool,
+    /// The revision of the change.
+    pub(crate) revision: Revision,
+    /// Whether no replica can allow any more what the change forbids.
+    pub(crate) complete: bool,
+    /// The names of the replicas that have acknowledged the change.
+    pub(crate) confirmed: Vec<String>,
+    /// The replicas that have not acknowledged it.
+    pub(crate) unconfirmed: Vec<LaggingReplica>,
+    /// When the change will be complete at the latest; `None` if that is unknown or depends on
+    /// replicas that must renew first.
+    pub(crate) complete_by: Option<Timestamp>,
+    /// Whether a synchronous standby of the database has the change too.
+    pub(crate) sync_replicated: bool,
 }
 
-/// What a change means to Checks.
+/// The effect of a change on Checks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ChangeEffect {
-    /// It takes nothing away: there is nothing to wait for.
+    /// The change restricts nothing, so there is nothing to wait for.
     #[default]
     Grants,
-    /// Some Check that was allowed before it could be refused after it.
+    /// A Check that was allowed before the change may be denied after it.
     Restricts {
-        /// It had been made before: a call that makes it again waits as the first did.
+        /// The change was made before: the repeated call waits as the first one did.
         is_repeat: bool,
     },
 }
@@ -75,28 +75,28 @@ pub enum ChangeEffect {
 /// A replica that has not acknowledged a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LaggingReplica {
-    /// Its name.
-    pub replica: String,
-    /// When it renewed last, by the database's clock.
-    pub last_seen: Timestamp,
-    /// When its lease has run out at the latest; None = never.
-    pub lease_ends_by: Option<Timestamp>,
+    /// The name of the replica.
+    pub(crate) replica: String,
+    /// Its last renewal, by the database's clock.
+    pub(crate) last_seen: Timestamp,
+    /// When its lease has expired at the latest; `None`: never.
+    pub(crate) lease_ends_by: Option<Timestamp>,
 }
 
 /// Why a change is not known to be in force everywhere.
 #[derive(Clone, Debug)]
 pub enum PropagationError {
-    /// Not in the time that there was.
+    /// The deadline passed first; the report has the lagging replicas.
     TimedOut(Box<PropagationReport>),
     /// The database has lost the change.
     Lost(Revision),
     /// The database did not answer.
     DatabaseUnavailable,
-    /// The server stops, and waits for nothing any more.
+    /// The server is stopping, and no longer waits.
     Stopping(Revision),
 }
 
-/// What of the waits is counted.
+/// Metrics of the waits for propagation.
 #[derive(Debug)]
 pub struct PropagationMetrics {
     durations: ShardedHistograms<11>,
@@ -104,7 +104,7 @@ pub struct PropagationMetrics {
 }
 
 impl PropagationMetrics {
-    /// From 1 ms, a change in one process, to 2 min, beyond the usual lease. In nanoseconds.
+    /// From 1 ms (a change within one process) to 2 min (beyond the usual lease), in nanoseconds.
     const BOUNDS: [u64; 11] = [
         1_000_000,
         5_000_000,
@@ -119,15 +119,15 @@ impl PropagationMetrics {
         120_000_000_000,
     ];
 
-    /// How long changes that take something away took until they were in force everywhere.
+    /// How long restrictions took until they were in force everywhere.
     #[must_use]
-    pub fn durations(&self) -> HistogramSnapshot {
+    pub(crate) fn durations(&self) -> HistogramSnapshot {
         self.durations.snapshot(0)
     }
 
-    /// How many were not known to be so when their caller was answered.
+    /// How many restrictions were not known to be in force when the call returned.
     #[must_use]
-    pub fn incomplete_count(&self) -> u64 {
+    pub(crate) fn incomplete_count(&self) -> u64 {
         self.incomplete_count.get(0)
     }
 }
@@ -169,9 +169,9 @@ impl std::fmt::Debug for PropagationWaiter {
 }
 
 impl PropagationWaiter {
-    /// Where one process owns the database: a change that is in force here is in force everywhere.
+    /// For the only process on a database: a change that is in force here is in force everywhere.
     #[must_use]
-    pub fn for_single_process(clock: Arc<dyn Clock>) -> PropagationWaiter {
+    pub(crate) fn for_single_process(clock: Arc<dyn Clock>) -> PropagationWaiter {
         PropagationWaiter {
             clock,
             replica_access: None,
@@ -180,39 +180,34 @@ impl PropagationWaiter {
         }
     }
 
-    /// Where there are replicas. Readings run on the current runtime for as long as anybody may wait.
+    /// For replicas. Starts a task on the current runtime that reads the replicas' rows.
     #[must_use]
-    pub fn for_replicas(
-        fleet: Arc<dyn ReplicaRegistry>,
-        follow: Arc<LogApplier>,
-        sight: Arc<ReplicaStatus>,
+    pub(crate) fn for_replicas(
+        registry: Arc<dyn ReplicaRegistry>,
+        log_applier: Arc<LogApplier>,
+        status: Arc<ReplicaStatus>,
         clock: Arc<dyn Clock>,
     ) -> PropagationWaiter {
-        let (readings, wanted) = mpsc::channel(MAX_WAITING_READS);
-        tokio::spawn(serve_snapshot_reads(fleet.clone(), sight.clone(), wanted));
-        let replicas = Some(ReplicaAccess {
-            registry: fleet,
-            log_applier: follow,
-            status: sight,
-            read_requests: readings,
-        });
+        let (read_requests, requests) = mpsc::channel(MAX_WAITING_READS);
+        tokio::spawn(serve_snapshot_reads(registry.clone(), status.clone(), requests));
+        let access = Some(ReplicaAccess { registry, log_applier, status, read_requests });
         PropagationWaiter {
             clock,
-            replica_access: replicas,
+            replica_access: access,
             stopping: watch::Sender::new(false),
             metrics: Arc::default(),
         }
     }
 
-    /// What was waited for, and how that went.
+    /// The metrics of all waits.
     #[must_use]
-    pub fn metrics(&self) -> &Arc<PropagationMetrics> {
+    pub(crate) fn metrics(&self) -> &Arc<PropagationMetrics> {
         &self.metrics
     }
 
-    /// What is said of a change that takes nothing away: there is nothing to wait for.
+    /// The report of a change that needs no wait.
     #[must_use]
-    pub fn complete_report(&self, revision: Revision) -> PropagationReport {
+    pub(crate) fn complete_report(&self, revision: Revision) -> PropagationReport {
         PropagationReport {
             revision,
             complete: true,
@@ -223,113 +218,116 @@ impl PropagationWaiter {
         }
     }
 
-    /// Whether there is a change of this revision, in the log or in its archive. `newest`: the newest that is known
-    /// here.
+    /// Returns whether the log or its archive contains a revision. `newest` is the newest one known here.
     ///
     /// # Errors
-    /// When the database does not answer.
-    pub async fn is_recorded(&self, revision: Revision, newest: Revision) -> Result<bool, PropagationError> {
-        let known = revision <= newest;
+    /// The database does not answer.
+    pub(crate) async fn is_recorded(
+        &self,
+        revision: Revision,
+        newest: Revision,
+    ) -> Result<bool, PropagationError> {
+        let is_known = revision <= newest;
         match &self.replica_access {
-            Some(replicas) if !known => match replicas.fetch_entry_hash(revision).await {
+            Some(access) if !is_known => match access.fetch_entry_hash(revision).await {
                 Err(PropagationError::Lost(_)) => Ok(false),
                 found => found.map(|_| true),
             },
-            _ => Ok(known),
+            _ => Ok(is_known),
         }
     }
 
-    /// Waits until the change is in force everywhere, at most until `until`. It is committed and applied here.
-    /// `again`: it was so before this call, which waits all the same, for the first may not have ended.
+    /// Waits until a committed and applied change is in force everywhere, or until the deadline. A repetition
+    /// (`is_repeat`) waits too, since the first call may not have finished.
     ///
     /// # Errors
-    /// When it is not in force everywhere by then, or is not in the database any more.
-    pub async fn wait(
+    /// The change is not in force everywhere by then, or the database has lost it.
+    pub(crate) async fn wait(
         &self,
         revision: Revision,
-        again: bool,
-        until: Option<Instant>,
+        is_repeat: bool,
+        deadline: Option<Instant>,
     ) -> Result<PropagationReport, PropagationError> {
-        let (committed, begun) = (self.clock.boottime(), Instant::now());
-        let each = &mut |_| ();
-        let followed = self.observe_propagation(revision, again, committed, until, each);
-        let ended = trace::in_phase_span(CallPhase::Propagation, followed).await;
+        let (committed, started) = (self.clock.boottime(), Instant::now());
+        let on_report = &mut |_| ();
+        let propagation = self.observe_propagation(revision, is_repeat, committed, deadline, on_report);
+        let ended = trace::in_phase_span(CallPhase::Propagation, propagation).await;
         match &ended {
-            Ok(_) => self.metrics.durations.record(0, begun.elapsed()),
+            Ok(_) => self.metrics.durations.record(0, started.elapsed()),
             Err(_) => self.metrics.incomplete_count.add(0, 1),
         }
         ended
     }
 
-    /// Waits, if the change takes anything away.
+    /// Waits only if the change is a restriction.
     ///
     /// # Errors
-    /// As [`Propagation::wait`].
-    pub async fn wait_if_restricting(
+    /// As [`PropagationWaiter::wait`].
+    pub(crate) async fn wait_if_restricting(
         &self,
         revision: Revision,
-        reach: ChangeEffect,
-        until: Option<Instant>,
+        effect: ChangeEffect,
+        deadline: Option<Instant>,
     ) -> Result<PropagationReport, PropagationError> {
-        match reach {
+        match effect {
             ChangeEffect::Grants => Ok(self.complete_report(revision)),
-            ChangeEffect::Restricts { is_repeat: again } => self.wait(revision, again, until).await,
+            ChangeEffect::Restricts { is_repeat } => self.wait(revision, is_repeat, deadline).await,
         }
     }
 
-    /// The same, telling `each` how far it has come after each reading.
+    /// Like [`PropagationWaiter::wait`], without a deadline; calls `on_report` after each reading.
     ///
     /// # Errors
-    /// As [`Propagation::wait`].
-    pub async fn watch(
+    /// As [`PropagationWaiter::wait`].
+    pub(crate) async fn watch(
         &self,
         revision: Revision,
-        each: &mut (dyn FnMut(PropagationReport) + Send),
+        on_report: &mut (dyn FnMut(PropagationReport) + Send),
     ) -> Result<PropagationReport, PropagationError> {
-        self.observe_propagation(revision, true, self.clock.boottime(), None, each).await
+        self.observe_propagation(revision, true, self.clock.boottime(), None, on_report).await
     }
 
     async fn observe_propagation(
         &self,
         revision: Revision,
-        again: bool,
+        is_repeat: bool,
         committed: BootInstant,
-        until: Option<Instant>,
-        each: &mut (dyn FnMut(PropagationReport) + Send),
+        deadline: Option<Instant>,
+        on_report: &mut (dyn FnMut(PropagationReport) + Send),
     ) -> Result<PropagationReport, PropagationError> {
-        let Some(replicas) = &self.replica_access else { return Ok(self.complete_report(revision)) };
-        let hash = match replicas.log_applier.entry_hash(revision) {
+        let Some(access) = &self.replica_access else { return Ok(self.complete_report(revision)) };
+        let hash = match access.log_applier.entry_hash(revision) {
             Some(hash) => hash,
-            None => match replicas.fetch_entry_hash(revision).await? {
+            None => match access.fetch_entry_hash(revision).await? {
                 Some(hash) => hash,
-                // Archived: every replica had acknowledged it.
+                // Archived entries were acknowledged by every replica.
                 None => return Ok(self.complete_report(revision)),
             },
         };
         let change = LogPosition { revision, hash };
         let mut wait = PropagationWait {
             clock: &*self.clock,
-            replica_access: replicas,
-            tracker: PropagationTracker::with_unknown_lease(change, again, committed),
+            replica_access: access,
+            tracker: PropagationTracker::with_unknown_lease(change, is_repeat, committed),
             hash,
             replica_names: HashMap::new(),
             sync_replicated: false,
-            deadline: until,
+            deadline,
             give_up_at: committed.saturating_add(MAX_WAIT),
             has_seen_acks: false,
         };
         let mut stopping = self.stopping.subscribe();
         let ended = async {
-            // Others have not heard of it yet: who asks at once takes time from those who are to acknowledge.
-            if !again && replicas.status.replica_count() > 1 {
-                let told =
-                    replicas.status.has_ack_notifications() && replicas.status.ack_tracker().is_receiving();
+            // The replicas have not received the change yet: reading at once only takes time from them.
+            if !is_repeat && access.status.replica_count() > 1 {
+                let expects_acks =
+                    access.status.has_ack_notifications() && access.status.ack_tracker().is_receiving();
                 tokio::select! {
-                    () = sleep(if told { NOTIFIED_POLL_DELAY } else { FIRST_POLL_DELAY }) => {}
+                    () = sleep(if expects_acks { NOTIFIED_POLL_DELAY } else { FIRST_POLL_DELAY }) => {}
                     () = wait.wait_for_acks() => {}
                 }
             }
-            wait.run(each).await
+            wait.run(on_report).await
         };
         tokio::select! {
             ended = ended => ended,
@@ -337,36 +335,36 @@ impl PropagationWaiter {
         }
     }
 
-    /// Ends all waiting.
-    pub fn stop(&self) {
+    /// Ends all waits with [`PropagationError::Stopping`].
+    pub(crate) fn stop(&self) {
         self.stopping.send_replace(true);
     }
 }
 
 impl ReplicaAccess {
     async fn read_snapshot(&self, revision: Revision) -> Result<Arc<ReplicaSnapshot>, ()> {
-        let (answer, read) = oneshot::channel();
-        self.read_requests.send((revision, answer)).await.map_err(drop)?;
+        let (reply, read) = oneshot::channel();
+        self.read_requests.send((revision, reply)).await.map_err(drop)?;
         read.await.map_err(drop)?.map_err(|error| {
-            tracing::debug!(error = &*error as &dyn std::error::Error, "the replicas' rows were not read");
+            tracing::debug!(error = &*error as &dyn std::error::Error, "reading the replicas' rows failed");
         })
     }
 
-    /// The log's link at a revision; None = it was archived.
+    /// The hash of an entry; `None` if it is archived.
     async fn fetch_entry_hash(&self, revision: Revision) -> Result<Option<ChainHash>, PropagationError> {
-        let roster = self.registry.list_replicas(&[revision]).await.map_err(|error| {
-            tracing::error!(error = &error as &dyn std::error::Error, "the log was not read");
+        let snapshot = self.registry.list_replicas(&[revision]).await.map_err(|error| {
+            tracing::error!(error = &error as &dyn std::error::Error, "reading the log failed");
             PropagationError::DatabaseUnavailable
         })?;
-        match roster.entry_hashes.get(&revision) {
+        match snapshot.entry_hashes.get(&revision) {
             Some(hash) => Ok(Some(*hash)),
-            None if revision <= roster.archived_up_to => Ok(None),
+            None if revision <= snapshot.archived_up_to => Ok(None),
             None => Err(PropagationError::Lost(revision)),
         }
     }
 }
 
-/// One change's wait.
+/// The wait for one change.
 struct PropagationWait<'a> {
     clock: &'a dyn Clock,
     replica_access: &'a ReplicaAccess,
@@ -376,7 +374,7 @@ struct PropagationWait<'a> {
     sync_replicated: bool,
     deadline: Option<Instant>,
     give_up_at: BootInstant,
-    /// All that are known seemed to have acknowledged it. That is listened to once.
+    /// All known replicas seem to have acknowledged it. This shortens the wait once.
     has_seen_acks: bool,
 }
 
@@ -392,7 +390,7 @@ impl PropagationWait<'_> {
 
     async fn run(
         &mut self,
-        each: &mut (dyn FnMut(PropagationReport) + Send),
+        on_report: &mut (dyn FnMut(PropagationReport) + Send),
     ) -> Result<PropagationReport, PropagationError> {
         let mut event = PropagationEvent::Tick;
         loop {
@@ -400,7 +398,7 @@ impl PropagationWait<'_> {
             let read = matches!(event, PropagationEvent::Listed { .. });
             let actions = self.tracker.handle(event, now);
             if read {
-                each(self.report(self.tracker.status()));
+                on_report(self.report(self.tracker.status()));
             }
             let wake = match actions.into_iter().next() {
                 Some(PropagationAction::Finish(PropagationOutcome::Complete(progress))) => {
@@ -418,39 +416,40 @@ impl PropagationWait<'_> {
             if now >= self.give_up_at && self.tracker.status().completes_by.is_none() {
                 return Err(self.timeout_error());
             }
-            let until = self.deadline;
+            let deadline = self.deadline;
             event = tokio::select! {
                 () = sleep(wake.saturating_duration_since(now)) => PropagationEvent::Tick,
                 () = self.wait_for_acks() => PropagationEvent::Hint,
-                () = sleep_until_deadline(until) => return Err(self.timeout_error()),
+                () = sleep_until_deadline(deadline) => return Err(self.timeout_error()),
             };
         }
     }
 
-    /// Reads the rows, unless time is up before.
+    /// Reads the rows, unless the deadline passes first.
     async fn read_listing(&mut self, attempt: AttemptId) -> Result<PropagationEvent, PropagationError> {
         let progress = self.tracker.status();
-        // Whatever the list says, by then it is complete; and a database that is away need not be waited for.
+        // The change is complete by then regardless of the rows, so an unreachable database need not be waited for.
         let by = progress.completes_by.unwrap_or(self.give_up_at);
-        let left = by.saturating_duration_since(self.clock.boottime());
-        let roster = tokio::select! {
-            roster = self.replica_access.read_snapshot(progress.revision) => roster,
-            () = sleep(left) => return Ok(PropagationEvent::Failed { attempt }),
+        let time_left = by.saturating_duration_since(self.clock.boottime());
+        let snapshot = tokio::select! {
+            snapshot = self.replica_access.read_snapshot(progress.revision) => snapshot,
+            () = sleep(time_left) => return Ok(PropagationEvent::Failed { attempt }),
             () = sleep_until_deadline(self.deadline) => return Err(self.timeout_error()),
         };
-        let Ok(roster) = roster else { return Ok(PropagationEvent::Failed { attempt }) };
-        self.replica_names.clone_from(&roster.names);
-        self.sync_replicated = roster.sync_replicated;
-        let mut listing = roster.listing.clone();
-        // What is in force here needs no acknowledgment: the change itself, not another of the same number.
+        let Ok(snapshot) = snapshot else { return Ok(PropagationEvent::Failed { attempt }) };
+        self.replica_names.clone_from(&snapshot.names);
+        self.sync_replicated = snapshot.sync_replicated;
+        let mut listing = snapshot.listing.clone();
+        // This process need not acknowledge its own change, if it has applied exactly this one, not another of the
+        // same number.
         if self.replica_access.log_applier.entry_hash(progress.revision) == Some(self.hash) {
             let own = self.replica_access.status.replica_id();
             for row in listing.rows.iter_mut().filter(|row| Some(row.id) == own && row.applied.is_some()) {
                 row.applied = row.applied.max(Some(progress.revision));
             }
         }
-        let archived = (progress.revision <= roster.archived_up_to).then_some(self.hash);
-        let link = roster.entry_hashes.get(&progress.revision).copied().or(archived);
+        let archived = (progress.revision <= snapshot.archived_up_to).then_some(self.hash);
+        let link = snapshot.entry_hashes.get(&progress.revision).copied().or(archived);
         Ok(PropagationEvent::Listed { attempt, listing, change_hash: link })
     }
 
@@ -466,10 +465,10 @@ impl PropagationWait<'_> {
                 .saturating_sub(now.0.saturating_duration_since(at))
         };
         let name = |id: &ReplicaId| self.replica_names.get(id).cloned().unwrap_or_else(|| id.0.to_string());
-        let unconfirmed = progress.unacknowledged.iter().map(|silent| LaggingReplica {
-            replica: name(&silent.id),
-            last_seen: silent.last_seen,
-            lease_ends_by: silent.lease_expires_by.map(wall),
+        let unconfirmed = progress.unacknowledged.iter().map(|lagging| LaggingReplica {
+            replica: name(&lagging.id),
+            last_seen: lagging.last_seen,
+            lease_ends_by: lagging.lease_expires_by.map(wall),
         });
         let complete_by = if progress.is_complete { Some(now.1) } else { progress.completes_by.map(wall) };
         PropagationReport {
@@ -483,29 +482,29 @@ impl PropagationWait<'_> {
     }
 }
 
-async fn sleep_until_deadline(until: Option<Instant>) {
-    match until {
-        Some(until) => sleep_until(until).await,
+async fn sleep_until_deadline(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
         None => std::future::pending().await,
     }
 }
 
-/// Reads the rows for whoever waits: one reading for all who asked before it.
+/// Serves all requests that arrived before a reading with that one reading.
 async fn serve_snapshot_reads(
-    fleet: Arc<dyn ReplicaRegistry>,
-    sight: Arc<ReplicaStatus>,
-    mut wanted: mpsc::Receiver<SnapshotRequest>,
+    registry: Arc<dyn ReplicaRegistry>,
+    status: Arc<ReplicaStatus>,
+    mut requests: mpsc::Receiver<SnapshotRequest>,
 ) {
     let mut waiting = Vec::new();
-    while wanted.recv_many(&mut waiting, MAX_WAITING_READS).await > 0 {
+    while requests.recv_many(&mut waiting, MAX_WAITING_READS).await > 0 {
         let revisions: Vec<_> = waiting.iter().map(|(revision, _)| *revision).collect();
-        let read = fleet.list_replicas(&revisions).await.map(Arc::new).map_err(Arc::new);
-        if let Ok(roster) = &read {
-            sight.ack_tracker().update_replicas(roster);
+        let read = registry.list_replicas(&revisions).await.map(Arc::new).map_err(Arc::new);
+        if let Ok(snapshot) = &read {
+            status.ack_tracker().update_replicas(snapshot);
         }
-        for (_, answer) in waiting.drain(..) {
-            // Whoever has given up does not hear of it.
-            let _ = answer.send(read.clone());
+        for (_, reply) in waiting.drain(..) {
+            // The caller may have given up.
+            let _ = reply.send(read.clone());
         }
     }
 }

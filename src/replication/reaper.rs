@@ -1,10 +1,10 @@
-//! Drives the collector: removes the rows of replicas that are dead.
+//! Removes the rows of dead replicas: drives the collector of `domain::lease`.
 
 use std::{sync::Arc, time::Duration};
 
 use tokio::time::sleep;
 
-use super::replica_task::ReplicaStatus;
+use super::replica_status::ReplicaStatus;
 use crate::{
     clock::Clock,
     domain::lease::{
@@ -14,46 +14,46 @@ use crate::{
     store::replica_registry::ReplicaRegistry,
 };
 
-/// Watches over the rows for as long as it runs.
+/// Runs until the task is aborted.
 pub(super) async fn run_reaper(
-    fleet: Arc<dyn ReplicaRegistry>,
+    registry: Arc<dyn ReplicaRegistry>,
     clock: Arc<dyn Clock>,
-    sight: Arc<ReplicaStatus>,
+    status: Arc<ReplicaStatus>,
     lease: LeaseDuration,
 ) {
-    let mut machine = ReplicaCollector::new(lease);
+    let mut collector = ReplicaCollector::new(lease);
     loop {
-        let mut actions = machine.handle(CollectorEvent::Tick, clock.boottime());
+        let mut actions = collector.handle(CollectorEvent::Tick, clock.boottime());
         while let Some(action) = actions.pop() {
             match action {
                 CollectorAction::ListRows { attempt } => {
-                    let event = match fleet.list_replicas(&[]).await {
-                        Ok(roster) => {
-                            sight.ack_tracker().update_replicas(&roster);
-                            CollectorEvent::Listed { attempt, listing: roster.listing }
+                    let event = match registry.list_replicas(&[]).await {
+                        Ok(snapshot) => {
+                            status.ack_tracker().update_replicas(&snapshot);
+                            CollectorEvent::Listed { attempt, listing: snapshot.listing }
                         }
                         Err(_) => CollectorEvent::Failed { attempt },
                     };
-                    actions.extend(machine.handle(event, clock.boottime()));
+                    actions.extend(collector.handle(event, clock.boottime()));
                 }
                 CollectorAction::RemoveRow { id, renew_seq } => {
-                    remove_dead_replica(&*fleet, id, renew_seq).await
+                    remove_dead_replica(&*registry, id, renew_seq).await
                 }
             }
         }
         let due =
-            machine.wake_at().unwrap_or(BootInstant::FOREVER).saturating_duration_since(clock.boottime());
+            collector.wake_at().unwrap_or(BootInstant::FOREVER).saturating_duration_since(clock.boottime());
         sleep(due.max(Duration::from_millis(10))).await;
     }
 }
 
-async fn remove_dead_replica(fleet: &dyn ReplicaRegistry, id: ReplicaId, renew_seq: u64) {
-    match fleet.deregister(id, Some(renew_seq)).await {
-        Ok(true) => tracing::warn!(replica = %id.0, "a replica that was silent for four leases was removed"),
-        // It has spoken, or another has removed it.
+async fn remove_dead_replica(registry: &dyn ReplicaRegistry, id: ReplicaId, renew_seq: u64) {
+    match registry.deregister(id, Some(renew_seq)).await {
+        Ok(true) => tracing::warn!(replica = %id.0, "dead replica removed: silent for four leases"),
+        // The replica has renewed meanwhile, or another process has removed it.
         Ok(false) => {}
         Err(error) => {
-            tracing::debug!(error = &error as &dyn std::error::Error, "a dead replica's row was not removed");
+            tracing::debug!(error = &error as &dyn std::error::Error, "removing a dead replica failed");
         }
     }
 }

@@ -1,11 +1,10 @@
-//! Drives the replica: does what the machine asks, and tells it what came of it. One task, one machine; requests run
-//! beside it and answer through its channel, so that no request holds up the clock.
+//! Runs a replica: executes the actions of its state machine, and feeds the results back as events.
+//!
+//! One task drives one machine. Requests run in separate tasks and answer through the channel, so that none delays
+//! the clock. The rules are in `domain::lease`.
 
 use std::{
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -17,7 +16,7 @@ use tokio::{
 use uuid::Uuid;
 
 use crate::{
-    clock::{Clock, EntropySource, random_bytes},
+    clock::random_bytes,
     domain::{
         lease::{
             AttemptId, LogPosition, RenewalRequest, Replica, ReplicaId,
@@ -26,175 +25,82 @@ use crate::{
         log::LogEntry,
         time::Revision,
     },
-    engine::serving_lease::ServingLease,
     store::{
-        LogHead, SnapshotLoader, Store, StoreError,
+        LogHead, SnapshotLoader, StoreError,
         replica_registry::{LeaseConfig, RenewalOutcome, ReplicaRegistry},
     },
 };
 
+pub(crate) use super::replica_dependencies::ReplicaDependencies;
+pub use super::replica_status::ReplicaStatus;
+
 use super::{
-    ack_tracker::{AckTracker, MAX_NOTIFYING_REPLICAS},
-    clock_offset::ClockOffset,
-    log_applier::{ApplyError, LogApplier},
+    log_applier::ApplyError,
     log_tailer, reaper, regression,
+    replica_input::{ReplicaTaskInput, failed_input, log_failure},
 };
 
-/// How many answers may wait for the machine. Each request has one, and there are few.
+/// The maximum number of queued inputs. Each request has one, and there are few.
 const EVENT_QUEUE: usize = 64;
-/// How long the row's deletion may take at the stop; if it fails, others wait its lease out.
+/// The time limit for deleting the row at the stop. If it fails, others wait until the lease expires.
 const DEREGISTER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What a replica is made of.
-#[derive(Clone)]
-pub struct ReplicaDependencies {
-    /// The keys and the log.
-    pub store: Arc<dyn Store>,
-    /// The replicas' rows.
-    pub registry: Arc<dyn ReplicaRegistry>,
-    /// The way into the index.
-    pub log_applier: Arc<LogApplier>,
-    /// What Checks ask.
-    pub lease: Arc<ServingLease>,
-    /// What is to be seen of it.
-    pub status: Arc<ReplicaStatus>,
-    /// Tells the time.
-    pub clock: Arc<dyn Clock>,
-    /// Gives ids.
-    pub entropy: Arc<dyn EntropySource>,
-    /// What people call this replica.
-    pub name: String,
-    /// How long revoked keys stay known.
-    pub retention: Duration,
-}
-
-/// What is to be seen of a replica from outside.
-#[derive(Debug, Default)]
-pub struct ReplicaStatus {
-    replica_id: Mutex<Option<ReplicaId>>,
-    state: Mutex<Option<ReplicaState>>,
-    renewals: AtomicU64,
-    failures: AtomicU64,
-    clock_stall_count: AtomicU64,
-    replica_count: AtomicU64,
-    ack_tracker: AckTracker,
-    clock_offset: ClockOffset,
-}
-
-impl ReplicaStatus {
-    /// The row that this process holds.
-    #[must_use]
-    pub fn replica_id(&self) -> Option<ReplicaId> {
-        *self.replica_id.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How it stands with the database.
-    #[must_use]
-    pub fn state(&self) -> Option<ReplicaState> {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How many renewals were answered, how many requests failed, and how often the clock stood still.
-    #[must_use]
-    pub fn counters(&self) -> [u64; 3] {
-        [&self.renewals, &self.failures, &self.clock_stall_count].map(|count| count.load(Ordering::Relaxed))
-    }
-
-    /// How many replicas there are, as the newest renewal said.
-    #[must_use]
-    pub fn replica_count(&self) -> u64 {
-        self.replica_count.load(Ordering::Relaxed)
-    }
-
-    /// How far this machine's wall clock is from the database's.
-    #[must_use]
-    pub fn clock_offset(&self) -> &ClockOffset {
-        &self.clock_offset
-    }
-
-    /// What the others have told of their acknowledgments.
-    pub(super) fn ack_tracker(&self) -> &AckTracker {
-        &self.ack_tracker
-    }
-
-    /// Whether replicas tell what they acknowledge.
-    pub(super) fn has_ack_notifications(&self) -> bool {
-        self.replica_count() <= MAX_NOTIFYING_REPLICAS
-    }
-
-    fn set_replica_id(&self, id: Option<ReplicaId>) {
-        *self.replica_id.lock().unwrap_or_else(PoisonError::into_inner) = id;
-    }
-}
-
-/// What comes to the task.
-pub(super) enum ReplicaTaskInput {
-    /// An event of the machine's.
-    Event(ReplicaEvent),
-    /// A renewal's answer.
-    Renewed(AttemptId, Box<RenewalOutcome>),
-    /// A snapshot is in the index.
-    Loaded(AttemptId, LogHead),
-    /// The database is damaged, which no other try mends.
-    Damaged(StoreError),
-}
-
-/// A running replica.
+/// The handle of a running replica.
 #[derive(Debug)]
-pub struct RunningReplica {
-    /// Whether Checks may allow.
-    pub serving: watch::Receiver<bool>,
-    /// Turns true when it has given up for good.
-    pub failed: watch::Receiver<bool>,
+pub(crate) struct RunningReplica {
+    /// Whether the lease is valid, so that Checks may allow.
+    pub(crate) serving: watch::Receiver<bool>,
+    /// Becomes true when the replica has failed permanently.
+    pub(crate) failed: watch::Receiver<bool>,
     stop_sender: watch::Sender<bool>,
     task: JoinHandle<()>,
     helper_tasks: Vec<JoinHandle<()>>,
 }
 
 impl RunningReplica {
-    /// Gives up the lease, and then the row.
-    pub async fn stop(self) {
+    /// Ends the lease, and then deletes the row.
+    pub(crate) async fn stop(self) {
         self.stop_sender.send_replace(true);
         if tokio::time::timeout(DEREGISTER_TIMEOUT, self.task).await.is_err() {
             tracing::warn!(
-                "the replica's row was not deleted in time: revocations wait for its lease to run out"
+                "the replica's row was not deleted in time: revocations wait until its lease expires"
             );
         }
         self.helper_tasks.iter().for_each(JoinHandle::abort);
     }
 }
 
-/// Starts a replica of a database that says so.
+/// Starts a replica with the database's lease settings.
 #[must_use]
-pub fn start_replica(
-    parts: ReplicaDependencies,
+pub(crate) fn start_replica(
+    dependencies: ReplicaDependencies,
     LeaseConfig { lease, epoch, .. }: LeaseConfig,
 ) -> RunningReplica {
-    let (stop, stopping) = watch::channel(false);
+    let (stop_sender, stopping) = watch::channel(false);
     let (serving, is_serving) = watch::channel(false);
     let (failed, has_failed) = watch::channel(false);
-    let (answers, inputs) = mpsc::channel(EVENT_QUEUE);
-    let beside = vec![
+    let (input_sender, inputs) = mpsc::channel(EVENT_QUEUE);
+    let helper_tasks = vec![
         tokio::spawn(reaper::run_reaper(
-            parts.registry.clone(),
-            parts.clock.clone(),
-            parts.status.clone(),
+            dependencies.registry.clone(),
+            dependencies.clock.clone(),
+            dependencies.status.clone(),
             lease,
         )),
         tokio::spawn(log_tailer::tail_log(
-            parts.registry.clone(),
-            parts.log_applier.clone(),
-            parts.status.clone(),
-            answers.clone(),
+            dependencies.registry.clone(),
+            dependencies.log_applier.clone(),
+            dependencies.status.clone(),
+            input_sender.clone(),
         )),
-        tokio::spawn(log_tailer::forward_positions(parts.log_applier.clone(), answers.clone())),
-        tokio::spawn(log_tailer::forward_divergences(parts.log_applier.clone(), answers.clone())),
+        tokio::spawn(log_tailer::forward_positions(dependencies.log_applier.clone(), input_sender.clone())),
+        tokio::spawn(log_tailer::forward_divergences(dependencies.log_applier.clone(), input_sender.clone())),
     ];
-    let feed = ReplicaDriver {
+    let driver = ReplicaDriver {
         state_machine: Replica::new(lease),
-        status: parts.status.clone(),
-        dependencies: parts,
-        input_sender: answers,
+        status: dependencies.status.clone(),
+        dependencies,
+        input_sender,
         requests: Vec::new(),
         load_lock: Arc::default(),
         load_abort: None,
@@ -204,8 +110,8 @@ pub fn start_replica(
         serving,
         failed,
     };
-    let task = tokio::spawn(feed.run(inputs, stopping));
-    RunningReplica { serving: is_serving, failed: has_failed, stop_sender: stop, task, helper_tasks: beside }
+    let task = tokio::spawn(driver.run(inputs, stopping));
+    RunningReplica { serving: is_serving, failed: has_failed, stop_sender, task, helper_tasks }
 }
 
 struct ReplicaDriver {
@@ -214,13 +120,13 @@ struct ReplicaDriver {
     status: Arc<ReplicaStatus>,
     input_sender: mpsc::Sender<ReplicaTaskInput>,
     requests: Vec<(AttemptId, JoinHandle<()>)>,
-    /// One load at a time: the one before has ended when the next begins.
+    /// One load at a time: a new one starts after the previous one has ended.
     load_lock: Arc<tokio::sync::Mutex<()>>,
     load_abort: Option<AbortHandle>,
-    /// Of the history that the map is of; and what the newest renewal said.
+    /// The epoch of the index's history, and the one that the newest renewal announced.
     epoch: u64,
     announced_epoch: u64,
-    /// The changes of the newest renewal, until they are applied.
+    /// The entries of the newest renewal, until they are applied.
     renewal_entries: Option<(AttemptId, Vec<LogEntry>)>,
     serving: watch::Sender<bool>,
     failed: watch::Sender<bool>,
@@ -260,8 +166,9 @@ impl ReplicaDriver {
         }
     }
 
-    /// An answer that waited with the process is taken before it is seen to be late, as happens now and then: without the
-    /// rule that a lease counts from the sending, that must show.
+    /// Sometimes takes a waiting input before the clock shows that it is late.
+    ///
+    /// Without the invariant that a lease counts from the sending, that must become visible in tests.
     #[cfg(keyward_breakable)]
     async fn receive_late_input(
         &mut self,
@@ -275,7 +182,7 @@ impl ReplicaDriver {
         self.interpret_input(input)
     }
 
-    /// How long nothing is due: the machine's next request, or the end of the lease, which health is to tell.
+    /// How long nothing is due: until the next request, or until the lease ends, which health must show.
     fn time_until_due(&self) -> Duration {
         const AT_MOST: Duration = Duration::from_secs(3600);
         let now = self.dependencies.clock.boottime();
@@ -289,17 +196,17 @@ impl ReplicaDriver {
             .unwrap_or(AT_MOST)
     }
 
-    /// What an input means to the machine, once what came with it is put by.
+    /// Stores the results of a request, and translates the input to an event.
     fn interpret_input(&mut self, input: ReplicaTaskInput) -> Option<ReplicaEvent> {
         Some(match input {
             ReplicaTaskInput::Event(event) => {
                 if let ReplicaEvent::Failed { .. } = event {
                     self.status.failures.fetch_add(1, Ordering::Relaxed);
                 }
-                // What did not fit a map that was replaced meanwhile says nothing of the new one.
+                // A divergence from an index that was replaced meanwhile does not concern the new one.
                 match event {
-                    ReplicaEvent::Diverged { local_position: ours, .. }
-                        if self.dependencies.log_applier.position() != Some(ours) =>
+                    ReplicaEvent::Diverged { local_position, .. }
+                        if self.dependencies.log_applier.position() != Some(local_position) =>
                     {
                         ReplicaEvent::Tick
                     }
@@ -308,24 +215,27 @@ impl ReplicaDriver {
             }
             ReplicaTaskInput::Renewed(attempt, renewed) => {
                 self.status.renewals.fetch_add(1, Ordering::Relaxed);
-                let RenewalOutcome { reply, entries: rows, epoch, replica_count: replicas } = *renewed;
+                let RenewalOutcome { reply, entries, epoch, replica_count: replicas } = *renewed;
                 self.dependencies.lease.set_shared(replicas > 1);
                 self.status.replica_count.store(replicas, Ordering::Relaxed);
                 self.announced_epoch = epoch;
-                self.renewal_entries = Some((attempt, rows));
+                self.renewal_entries = Some((attempt, entries));
                 ReplicaEvent::Renewed { attempt, reply }
             }
             ReplicaTaskInput::Loaded(attempt, LogHead { revision, hash }) => {
                 ReplicaEvent::Loaded { attempt, at: LogPosition { revision, hash } }
             }
             ReplicaTaskInput::Damaged(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "the keys cannot be loaded");
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "loading the keys failed: the database is damaged"
+                );
                 return None;
             }
         })
     }
 
-    /// Gives the machine an event, and does what it asks for.
+    /// Passes an event to the state machine, and executes its actions.
     async fn handle_event(&mut self, event: ReplicaEvent) {
         let mut events = vec![event];
         while let Some(event) = events.pop() {
@@ -333,10 +243,10 @@ impl ReplicaDriver {
             let actions = self.state_machine.handle(event, now);
             self.status.set_replica_id(self.state_machine.row_id());
             for action in actions {
-                if let Err(broken) = self.execute(action).await {
-                    // What was to follow rested on these changes.
+                if let Err(error) = self.execute(action).await {
+                    // The remaining actions assume that these changes are applied.
                     self.dependencies.lease.expire_now();
-                    events.extend(divergence_event(broken, &self.dependencies.log_applier));
+                    events.extend(self.dependencies.log_applier.divergence_event(error));
                     break;
                 }
             }
@@ -350,9 +260,9 @@ impl ReplicaDriver {
             ReplicaAction::Renew(renewal) => self.renew(renewal),
             ReplicaAction::Abandon { attempt } => self.abandon(attempt),
             ReplicaAction::InstallSnapshot { .. } => {
-                let forget_before = self.dependencies.clock.now().saturating_sub(self.dependencies.retention);
+                let cutoff = self.dependencies.clock.now().saturating_sub(self.dependencies.retention);
                 let index = self.dependencies.log_applier.index();
-                index.evict(forget_before);
+                index.evict(cutoff);
                 tracing::info!(keys = index.len(), replica = self.dependencies.name, "the index is loaded");
             }
             ReplicaAction::ApplyChanges { attempt } => {
@@ -364,16 +274,16 @@ impl ReplicaDriver {
                 self.dependencies.lease.publish(deadline, as_of)
             }
             ReplicaAction::DenyAll => self.dependencies.lease.expire_now(),
-            ReplicaAction::EnterRegressed { local_position: ours, database_hash: link, head } => {
-                self.enter_regression(ours, link.is_some(), head.0)
+            ReplicaAction::EnterRegressed { local_position, database_hash, head } => {
+                self.enter_regression(local_position, database_hash.is_some(), head.0)
             }
-            ReplicaAction::ReportClockStall { stall: missing } => {
+            ReplicaAction::ReportClockStall { stall } => {
                 self.status.clock_stall_count.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(
-                    ?missing,
-                    "this machine's clock stood still, or the database's was set forward; the lease is shortened by \
-                     as much. What was revoked in that time may have been allowed here. Keep the machine from being \
-                     suspended, snapshotted or moved while Keyward serves on it"
+                    missing = ?stall,
+                    "this machine's clock stood still, or the database's was set forward; the lease is shortened by as \
+                     much. Keys revoked meanwhile may have been allowed here. Do not suspend, snapshot or move the \
+                     machine while Keyward serves on it"
                 );
             }
             ReplicaAction::Deregister { id } => self.deregister(id).await,
@@ -381,27 +291,27 @@ impl ReplicaDriver {
         Ok(())
     }
 
-    /// Runs a request beside the machine.
+    /// Runs a request in a separate task.
     fn spawn_request(
         &mut self,
         attempt: AttemptId,
         request: impl Future<Output = ReplicaTaskInput> + Send + 'static,
     ) {
-        let answers = self.input_sender.clone();
+        let input_sender = self.input_sender.clone();
         self.requests.retain(|(_, request)| !request.is_finished());
         let task = tokio::spawn(async move {
-            // Nobody listens any more once the replica has stopped.
-            let _ = answers.send(request.await).await;
+            // The receiver is gone once the replica has stopped.
+            let _ = input_sender.send(request.await).await;
         });
         self.requests.push((attempt, task));
     }
 
     fn register(&mut self, attempt: AttemptId) {
-        let ReplicaDependencies { registry: fleet, entropy, name, .. } = self.dependencies.clone();
+        let ReplicaDependencies { registry, entropy, name, .. } = self.dependencies.clone();
         self.spawn_request(attempt, async move {
             let Ok(random) = random_bytes(&*entropy) else { return failed_input(attempt) };
             let id = ReplicaId(Uuid::from_bytes(random));
-            match fleet.register(id, &name).await {
+            match registry.register(id, &name).await {
                 Ok(()) => ReplicaTaskInput::Event(ReplicaEvent::Registered { attempt, id }),
                 Err(error) => log_failure(attempt, "registration", &error),
             }
@@ -409,17 +319,18 @@ impl ReplicaDriver {
     }
 
     fn renew(&mut self, renewal: RenewalRequest) {
-        let ReplicaDependencies { registry: fleet, clock, status: sight, .. } = self.dependencies.clone();
+        let ReplicaDependencies { registry, clock, status, .. } = self.dependencies.clone();
         let attempt = renewal.attempt;
-        let told = renewal.applied.filter(|at| self.dependencies.log_applier.take_due_ack(at.revision));
-        let told = told.filter(|_| self.status.has_ack_notifications());
+        let ack_position =
+            renewal.applied.filter(|at| self.dependencies.log_applier.take_due_ack(at.revision));
+        let ack_position = ack_position.filter(|_| self.status.has_ack_notifications());
         self.spawn_request(attempt, async move {
             let before = clock.now();
-            match fleet.renew_lease(&renewal).await {
+            match registry.renew_lease(&renewal).await {
                 Ok(renewed) => {
-                    sight.clock_offset.record(before, renewed.reply.database_time, clock.now());
-                    if let Some(at) = told.filter(|_| renewed.reply.was_renewed) {
-                        tokio::spawn(notify_ack(fleet, renewal.id, at.revision));
+                    status.clock_offset.record(before, renewed.reply.database_time, clock.now());
+                    if let Some(at) = ack_position.filter(|_| renewed.reply.was_renewed) {
+                        tokio::spawn(notify_ack(registry, renewal.id, at.revision));
                     }
                     ReplicaTaskInput::Renewed(attempt, Box::new(renewed))
                 }
@@ -428,22 +339,21 @@ impl ReplicaDriver {
         });
     }
 
-    /// Loads straight into the index: before it is loaded, and after a regression, nobody finds anything there.
+    /// Loads directly into the index: before the first load and after a regression, nothing is found there.
     fn load(&mut self, attempt: AttemptId) {
-        let ReplicaDependencies { store, log_applier: follow, clock, retention, .. } =
-            self.dependencies.clone();
+        let ReplicaDependencies { store, log_applier, clock, retention, .. } = self.dependencies.clone();
         if let Some(before) = self.load_abort.take() {
             before.abort();
         }
         let loads = self.load_lock.clone();
         self.spawn_request(attempt, async move {
             let _one = loads.lock_owned().await;
-            follow.reset();
-            let forget_before = clock.now().saturating_sub(retention);
-            let loader: Arc<dyn SnapshotLoader> = follow.index().clone();
-            match store.stream_snapshot(forget_before, &loader).await {
+            log_applier.reset();
+            let cutoff = clock.now().saturating_sub(retention);
+            let loader: Arc<dyn SnapshotLoader> = log_applier.index().clone();
+            match store.stream_snapshot(cutoff, &loader).await {
                 Ok(head) => {
-                    follow.finish_load(head);
+                    log_applier.finish_load(head);
                     ReplicaTaskInput::Loaded(attempt, head)
                 }
                 Err(error @ StoreError::Damaged(_)) => ReplicaTaskInput::Damaged(error),
@@ -461,103 +371,83 @@ impl ReplicaDriver {
             *of != attempt
         });
         self.status.failures.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!("the database did not answer a renewal in time");
+        tracing::warn!("renewal timed out: the database did not answer");
     }
 
     fn apply_renewal(&mut self, attempt: AttemptId) -> Result<(), ApplyError> {
-        let rows =
-            self.renewal_entries.take_if(|(of, _)| *of == attempt).map(|(_, rows)| rows).unwrap_or_default();
-        match self.dependencies.log_applier.decode_and_apply(rows) {
+        let entries = self
+            .renewal_entries
+            .take_if(|(of, _)| *of == attempt)
+            .map(|(_, entries)| entries)
+            .unwrap_or_default();
+        match self.dependencies.log_applier.decode_and_apply(entries) {
             Ok(taken) => taken.map(drop),
             Err(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "a change cannot be read");
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "applying a renewal failed: an entry is damaged"
+                );
                 Err(ApplyError::Gap)
             }
         }
     }
 
-    fn enter_regression(&mut self, ours: LogPosition, same_place: bool, head: u64) {
+    fn enter_regression(&mut self, local_position: LogPosition, same_place: bool, head: u64) {
         tracing::error!(
-            ours = ours.revision.0,
+            ours = local_position.revision.0,
             database = head,
             same_place,
             "the database has another history than this replica: was a backup restored, or did a standby take over \
-             that lacked commits? This replica goes on denying what it knows to be dead, and allows nothing once its \
-             lease has run out. See 'keyward replicas accept-regression'"
+             that lacked commits? This replica keeps denying what it knows to be \
+             dead, and allows nothing once its lease has expired. See 'keyward replicas accept-regression'"
         );
         let regression = regression::wait_for_acceptance(self.dependencies.clone(), self.epoch);
-        let answers = self.input_sender.clone();
+        let input_sender = self.input_sender.clone();
         let task = tokio::spawn(async move {
             regression.await;
-            let _ = answers.send(ReplicaTaskInput::Event(ReplicaEvent::RegressionAccepted)).await;
+            let _ = input_sender.send(ReplicaTaskInput::Event(ReplicaEvent::RegressionAccepted)).await;
         });
         self.requests.push((AttemptId(0), task));
     }
 
     async fn deregister(&mut self, id: ReplicaId) {
         if let Err(error) = self.dependencies.registry.deregister(id, None).await {
-            tracing::warn!(error = &error as &dyn std::error::Error, "the replica's row was not deleted");
+            tracing::warn!(error = &error as &dyn std::error::Error, "deleting the replica's row failed");
         }
     }
 
-    /// Tells whoever watches how it stands.
+    /// Publishes the state, and logs when the lease starts or ends.
     fn publish_status(&self) {
-        let standing = Some(self.state_machine.state());
-        *self.status.state.lock().unwrap_or_else(PoisonError::into_inner) = standing;
-        let holds = self.dependencies.lease.is_valid(|| self.dependencies.clock.boottime());
+        let state = Some(self.state_machine.state());
+        *self.status.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        let is_valid = self.dependencies.lease.is_valid(|| self.dependencies.clock.boottime());
         self.serving.send_if_modified(|serving| {
-            if *serving && !holds && standing == Some(ReplicaState::Stopped) {
-                tracing::info!(replica = self.dependencies.name, "the lease is given up");
-            } else if *serving && !holds {
-                tracing::error!("the lease has run out: nothing is allowed until the database answers");
-            } else if holds && !*serving {
-                tracing::info!(replica = self.dependencies.name, "the lease holds");
+            if *serving && !is_valid && state == Some(ReplicaState::Stopped) {
+                tracing::info!(replica = self.dependencies.name, "lease released");
+            } else if *serving && !is_valid {
+                tracing::error!("lease expired: nothing is allowed until the database answers");
+            } else if is_valid && !*serving {
+                tracing::info!(replica = self.dependencies.name, "lease acquired");
             }
-            std::mem::replace(serving, holds) != holds
+            std::mem::replace(serving, is_valid) != is_valid
         });
     }
 }
 
-/// Tells up to where this replica has acknowledged. Whoever waits reads the rows by and by anyway: it is not told again
-/// where that fails.
-async fn notify_ack(fleet: Arc<dyn ReplicaRegistry>, id: ReplicaId, upto: Revision) {
-    if let Err(error) = fleet.notify_ack(id, upto).await {
-        tracing::debug!(error = &error as &dyn std::error::Error, "an acknowledgment was not told");
+/// Notifies the other replicas of an acknowledgment. A failure is not retried: waiting replicas also poll the rows.
+async fn notify_ack(registry: Arc<dyn ReplicaRegistry>, id: ReplicaId, up_to: Revision) {
+    if let Err(error) = registry.notify_ack(id, up_to).await {
+        tracing::debug!(error = &error as &dyn std::error::Error, "notifying an acknowledgment failed");
     }
 }
 
-/// Returns when it is to stop, or nobody is left who could say so.
+/// Returns when the replica must stop, or when its handle is gone.
 async fn wait_for_stop(stopping: &mut watch::Receiver<bool>) {
     let _ = stopping.wait_for(|stop| *stop).await;
 }
 
-/// After this nothing comes of the replica: the server stops.
+/// Reports the failure, which stops the server, and never returns.
 async fn fail_permanently(failed: &watch::Sender<bool>) -> ReplicaEvent {
     failed.send_replace(true);
     std::future::pending().await
-}
-
-fn failed_input(attempt: AttemptId) -> ReplicaTaskInput {
-    ReplicaTaskInput::Event(ReplicaEvent::Failed { attempt })
-}
-
-fn log_failure(attempt: AttemptId, what: &str, error: &StoreError) -> ReplicaTaskInput {
-    tracing::warn!(
-        error = error as &dyn std::error::Error,
-        what,
-        "a request to the database failed; it is tried again"
-    );
-    failed_input(attempt)
-}
-
-/// What changes that do not fit mean to the machine.
-pub(super) fn divergence_event(broken: ApplyError, follow: &LogApplier) -> Option<ReplicaEvent> {
-    let ours = follow.position()?;
-    let head = match broken {
-        ApplyError::HistoryDiverged { head, .. } => head,
-        // What came between is missing, or cannot be read: the map cannot be trusted to be whole any more.
-        ApplyError::Gap => ours.revision,
-        ApplyError::NotLoaded => return None,
-    };
-    Some(ReplicaEvent::Diverged { local_position: ours, head })
 }

@@ -16,7 +16,7 @@ use keyward::{
         },
         time::{Revision, Timestamp},
     },
-    engine::lease_deadline::{AtomicWord, LeaseDeadline},
+    engine::serving_lease::{AtomicWord, LeaseDeadline},
 };
 use loom::{
     sync::{Arc, atomic::AtomicU64},

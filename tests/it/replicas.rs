@@ -309,7 +309,7 @@ async fn an_orderly_stop_gives_up_the_lease_and_raises_no_alarm() {
     let ended = process.wait_until_ended();
     assert_eq!(ended.code, Some(0), "{ended:?}");
     let (_, said) = ended.err.split_once("stopping\n").unwrap();
-    assert!(said.contains("the lease is given up"), "{said}");
+    assert!(said.contains("lease released"), "{said}");
     assert!(!said.contains("ERROR") && !said.contains("WARN"), "{said}");
 }
 

@@ -237,7 +237,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("\"INSERT ", &["src/store/"]),
     ("\"UPDATE ", &["src/store/"]),
     ("\"DELETE ", &["src/store/"]),
-    ("redis::", &["src/engine/limiter/redis_limits.rs"]),
+    ("redis::", &["src/engine/limiter/"]),
     ("SystemTime", &["src/clock.rs"]),
     ("UNIX_EPOCH", &["src/clock.rs"]),
     ("SysRng", &["src/clock.rs"]),

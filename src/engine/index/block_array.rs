@@ -1,5 +1,5 @@
-//! Blocks by their numbers. It grows and never moves what it has: each row is twice as long as the one before, and
-//! made when it is first needed.
+//! An array of blocks that grows without moving its elements: each segment is twice as long as the one before, and
+//! is allocated on first use.
 
 use std::sync::{Arc, OnceLock};
 
@@ -7,37 +7,37 @@ use arc_swap::ArcSwapOption;
 
 use super::key_block::KeyBlock;
 
-/// Enough for as many blocks as 32 bits can number.
+/// Enough segments for as many blocks as 32 bits can number.
 const SEGMENTS: usize = 32;
 
-/// The blocks.
+/// Blocks by number, each replaceable atomically.
 #[derive(Default)]
 pub(super) struct BlockArray {
     segments: [OnceLock<Box<[ArcSwapOption<KeyBlock>]>>; SEGMENTS],
 }
 
-/// The row of a block, and its place in it.
+/// The segment of a block, and its offset in it.
 fn segment_and_offset(number: u32) -> (usize, usize) {
-    // Row `r` has the numbers from 2^r - 1 on.
+    // Segment `s` starts at number 2^s - 1.
     let counted = u64::from(number) + 1;
-    let row = counted.ilog2();
-    (row as usize, usize::try_from(counted - (1 << row)).unwrap_or_default())
+    let segment = counted.ilog2();
+    (segment as usize, usize::try_from(counted - (1 << segment)).unwrap_or_default())
 }
 
 impl BlockArray {
-    /// The block with this number, as it is now.
+    /// The current block with this number.
     pub(super) fn get(&self, number: u32) -> Option<Arc<KeyBlock>> {
-        let (row, at) = segment_and_offset(number);
-        self.segments[row].get()?[at].load_full()
+        let (segment, offset) = segment_and_offset(number);
+        self.segments[segment].get()?[offset].load_full()
     }
 
-    /// Puts a block in the place of the one before. Gives it as it stands there.
+    /// Replaces the block with this number, and returns the shared new one.
     pub(super) fn put(&self, number: u32, block: KeyBlock) -> Arc<KeyBlock> {
-        let (row, at) = segment_and_offset(number);
-        let row =
-            self.segments[row].get_or_init(|| (0..1_u64 << row).map(|_| ArcSwapOption::empty()).collect());
+        let (segment, offset) = segment_and_offset(number);
+        let segment = self.segments[segment]
+            .get_or_init(|| (0..1_u64 << segment).map(|_| ArcSwapOption::empty()).collect());
         let block = Arc::new(block);
-        row[at].store(Some(block.clone()));
+        segment[offset].store(Some(block.clone()));
         block
     }
 }

@@ -1,5 +1,6 @@
-//! Keys of a snapshot on their way into the index: one thread's, which packs them by itself. It meets the others only
-//! when it has a block full, and when it meets something for the first time.
+//! Loads one part of a snapshot into the index; each part packs its keys in its own thread.
+//!
+//! Parts synchronize only to publish a full block, and to intern a value that they see for the first time.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -11,34 +12,35 @@ use crate::{
 };
 
 use super::{
-    key_block::{BlockEntryRef, ColdFields, ColdFieldsView, RECORDS_PER_BLOCK},
+    cold_fields::{ColdFields, ColdFieldsView},
+    key_block::{BlockEntryRef, RECORDS_PER_BLOCK},
     key_table::KeyTable,
 };
 
-/// How many things are remembered at the most.
+/// The interner of a part is reset beyond this number of values.
 const MAX_INTERNED: usize = 65_536;
 
-/// A part of a snapshot.
+/// One part of a snapshot: packs keys until a block is full.
 pub(super) struct IndexSnapshotPart {
     keys: Arc<KeyTable>,
     owners: LocalInterner<KeyOwner>,
     policies: LocalInterner<KeyPolicy>,
-    /// Of one block at the most.
+    /// The keys of at most one block.
     pending_keys: Vec<PendingKey>,
-    /// Their names, one after the other.
+    /// The names of the pending keys, concatenated.
     names: String,
 }
 
-/// A key that waits for the others of its block.
+/// A key that waits until its block is full.
 struct PendingKey {
     id: KeyId,
     digest: TokenDigest,
     version: u32,
-    /// Where its name ends.
+    /// The end of its name in `names`.
     name_end: usize,
     expires_at: Option<Timestamp>,
     revoked_at: Option<Timestamp>,
-    /// Their numbers among what this part has met.
+    /// Its owner in the part's own interner; the policy likewise.
     owner_number: usize,
     policy_number: usize,
     cold_fields: Option<Arc<ColdFields>>,
@@ -56,30 +58,30 @@ impl IndexSnapshotPart {
         }
     }
 
-    /// Places what has come.
+    /// Publishes the pending keys as a block.
     fn flush_block(&mut self) {
         let mut start = 0;
-        let placed: Vec<_> = self
+        let entries: Vec<_> = self
             .pending_keys
             .iter()
-            .map(|coming| {
-                let name = &self.names[start..coming.name_end];
-                start = coming.name_end;
+            .map(|pending| {
+                let name = &self.names[start..pending.name_end];
+                start = pending.name_end;
                 Some(BlockEntryRef {
-                    id: coming.id,
-                    digest: coming.digest,
-                    version: coming.version,
+                    id: pending.id,
+                    digest: pending.digest,
+                    version: pending.version,
                     name,
-                    expires_at: coming.expires_at,
-                    revoked_at: coming.revoked_at,
-                    owner: self.owners.get(coming.owner_number),
-                    policy: self.policies.get(coming.policy_number),
-                    cold_fields: coming.cold_fields.as_ref(),
+                    expires_at: pending.expires_at,
+                    revoked_at: pending.revoked_at,
+                    owner: self.owners.get(pending.owner_number),
+                    policy: self.policies.get(pending.policy_number),
+                    cold_fields: pending.cold_fields.as_ref(),
                 })
             })
             .collect();
-        self.keys.load_block(&placed);
-        drop(placed);
+        self.keys.load_block(&entries);
+        drop(entries);
         self.pending_keys.clear();
         self.names.clear();
         self.owners.reset_if_full();
@@ -91,11 +93,11 @@ impl store::SnapshotPart for IndexSnapshotPart {
     fn add_key(&mut self, key: &LoadedKey<'_>) {
         let Some(newest) = key.secrets.first() else { return };
         if key.secrets.iter().any(|secret| self.keys.find_by_digest(&secret.digest).is_some()) {
-            // It came some other way.
+            // The key was already loaded, for example by a change.
             return self.keys.load_key(&key.to_key(), key.retired_secrets);
         }
         let revoked_at = key.revocation.as_ref().map(|revocation| revocation.at);
-        let uncommon = ColdFieldsView {
+        let cold_fields = ColdFieldsView {
             secrets: key.secrets,
             updated_at: key.updated_at,
             disabled_at: key.disabled_at,
@@ -113,7 +115,7 @@ impl store::SnapshotPart for IndexSnapshotPart {
             revoked_at,
             owner_number: self.owners.intern(key.owner, |owner| keys.intern_owner(owner)),
             policy_number: self.policies.intern(key.policy, |policy| keys.intern_policy(policy)),
-            cold_fields: uncommon.with_retired_secrets(key.retired_secrets),
+            cold_fields: cold_fields.with_retired_secrets(key.retired_secrets),
         });
         if self.pending_keys.len() == RECORDS_PER_BLOCK {
             self.flush_block();
@@ -125,9 +127,9 @@ impl store::SnapshotPart for IndexSnapshotPart {
     }
 }
 
-/// Things as they came, and as the index keeps them.
+/// Maps values of the snapshot to interned ones, without a lock.
 struct LocalInterner<T> {
-    /// By the address of what came, which is kept so that nothing else has it.
+    /// By the address of the source. `sources` keeps it alive, so the address cannot be reused.
     numbers: HashMap<usize, usize, RandomState>,
     sources: Vec<Arc<T>>,
     interned: Vec<Arc<T>>,
@@ -140,14 +142,14 @@ impl<T> Default for LocalInterner<T> {
 }
 
 impl<T> LocalInterner<T> {
-    fn intern(&mut self, came: &Arc<T>, keep: impl FnOnce(&Arc<T>) -> Arc<T>) -> usize {
-        let address = Arc::as_ptr(came).addr();
+    fn intern(&mut self, source: &Arc<T>, keep: impl FnOnce(&Arc<T>) -> Arc<T>) -> usize {
+        let address = Arc::as_ptr(source).addr();
         if let Some(number) = self.numbers.get(&address) {
             return *number;
         }
         self.numbers.insert(address, self.sources.len());
-        self.interned.push(keep(came));
-        self.sources.push(came.clone());
+        self.interned.push(keep(source));
+        self.sources.push(source.clone());
         self.sources.len() - 1
     }
 
@@ -155,7 +157,7 @@ impl<T> LocalInterner<T> {
         &self.interned[number]
     }
 
-    /// Begins again, once there is too much. Nothing may wait then.
+    /// Clears the interner if it is too large. No key may be pending.
     fn reset_if_full(&mut self) {
         if self.sources.len() > MAX_INTERNED {
             *self = LocalInterner::default();

@@ -1,14 +1,16 @@
-//! From digests to places: an open-addressing table of atomic words, with linear probing.
+//! Maps digests to slots: an open-addressing table of atomic words, with linear probing.
 //!
-//! Readers look at words and wait for nobody. One writer at a time changes them, which its [`TableOccupancy`] stands for.
-//! When it is seven eighths full the writer makes one a third wider and puts it in the old one's place; who still reads
-//! the old one finds everything there that was in it. So a digest takes 9 to 11 bytes. Whoever looks for one that is
-//! there reads some 4 cells of the fullest table, for one that is not, some 30: they stand together, four lines of
-//! the cache, and hardly one in 2^32 leads anywhere else. The writer moves each cell six times or so, in order.
+//! Readers load words and never wait. One writer at a time changes them; it holds the [`TableOccupancy`]. A table
+//! that is seven eighths full is replaced by one that is a third larger. Readers of the old table still find
+//! everything that was in it.
 //!
-//! A cell has 32 bits of a digest's hash and the place of its key; the digest itself stands with the key, and is
-//! compared there. Imported digests are chosen by whoever imports them, so the hash is keyed: nobody can make keys
-//! that crowd together.
+//! A digest takes 9 to 11 bytes. In the fullest table a hit reads about 4 cells, and a miss about 30, which are
+//! adjacent: four cache lines. Hardly one cell in 2^32 leads to a wrong key. The writer moves each cell about six
+//! times in total, in order.
+//!
+//! A cell has 32 bits of the digest's hash and the slot of its key. The digest itself is in the key's
+//! record and is compared there. Clients can choose the digests that they import, so the hash is keyed:
+//! nobody can construct digests that collide.
 
 use std::{
     hash::{BuildHasher as _, RandomState},
@@ -19,19 +21,18 @@ use arc_swap::ArcSwap;
 
 use crate::domain::token::TokenDigest;
 
-/// The place of a key.
+/// Where a key is: the block's number times the block's size, plus the offset.
 pub(super) type KeySlot = u32;
 
-/// Nothing was ever here: who probes may stop.
+/// A cell that was never used: probing stops here.
 const EMPTY: u64 = 0;
-/// What was here is gone.
+/// A cell whose entry was removed: probing continues.
 const TOMBSTONE: u64 = 1;
-/// The low half of a cell that is taken is its slot and this.
+/// Added to the slot in a cell, to distinguish it from `EMPTY` and `TOMBSTONE`.
 const SLOT_BIAS: u64 = 2;
 const MIN_CELLS: usize = 1024;
 
-/// Multilinear hashing (Lemire and Kaser 2014): whatever digests somebody chooses, two of them have the same hash
-/// with a chance of 2^-32.
+/// Multilinear hashing (Lemire and Kaser 2014): any two digests collide with a probability of 2^-32.
 struct DigestHasher([u64; 9]);
 
 impl DigestHasher {
@@ -50,12 +51,12 @@ impl DigestHasher {
     }
 }
 
-/// How full the table is. Whoever has it is the one writer.
+/// How full the table is. Its holder is the only writer.
 #[derive(Debug, Default)]
 pub(super) struct TableOccupancy {
-    /// Cells that are taken.
+    /// The number of cells with an entry.
     live_cells: usize,
-    /// Cells that are taken or were.
+    /// The number of cells with an entry or a tombstone.
     used_cells: usize,
 }
 
@@ -66,10 +67,10 @@ impl CellArray {
         CellArray((0..count).map(|_| AtomicU64::new(EMPTY)).collect())
     }
 
-    /// The cells in which a digest with this hash may be, up to where it cannot be.
+    /// Iterates over the cells that may hold a digest with this hash, up to the first empty one.
     fn probe(&self, hash: u64) -> impl Iterator<Item = (&AtomicU64, u64)> {
         let count = self.0.len();
-        // The hash as a fraction of the table: it may have any length.
+        // The hash as a fraction of the table, which may have any length.
         let start = usize::try_from((hash * count as u64) >> 32).unwrap_or_default();
         let (wrapped, first) = self.0.split_at(start);
         let cells = first.iter().chain(wrapped).map(|cell| (cell, cell.load(Ordering::Acquire)));
@@ -77,7 +78,7 @@ impl CellArray {
     }
 }
 
-/// The table.
+/// The hash table, without the keys.
 pub(super) struct DigestTable {
     hasher: DigestHasher,
     cells: ArcSwap<CellArray>,
@@ -93,65 +94,65 @@ impl Default for DigestTable {
 }
 
 impl DigestTable {
-    /// What `look` says first of the places where this digest may be.
+    /// Calls `look` for each slot that may have this digest, and returns its first result.
     pub(super) fn find<T>(&self, digest: &TokenDigest, look: impl FnMut(KeySlot) -> Option<T>) -> Option<T> {
         let hash = self.hasher.hash_digest(digest);
         let cells = self.cells.load();
-        let alike = cells.probe(hash).filter(|(_, value)| value >> 32 == hash);
-        alike.filter_map(|(_, value)| decode_slot(value)).find_map(look)
+        let matching = cells.probe(hash).filter(|(_, value)| value >> 32 == hash);
+        matching.filter_map(|(_, value)| decode_slot(value)).find_map(look)
     }
 
-    /// Says that a digest is at a place.
-    pub(super) fn insert(&self, tally: &mut TableOccupancy, digest: &TokenDigest, slot: KeySlot) {
-        if (tally.used_cells + 1) * 8 > self.cells.load().0.len() * 7 {
-            self.grow(tally);
+    /// Adds a digest and its slot.
+    pub(super) fn insert(&self, occupancy: &mut TableOccupancy, digest: &TokenDigest, slot: KeySlot) {
+        if (occupancy.used_cells + 1) * 8 > self.cells.load().0.len() * 7 {
+            self.grow(occupancy);
         }
         insert_cell(&self.cells.load(), encode_cell(self.hasher.hash_digest(digest), slot));
-        tally.live_cells += 1;
-        tally.used_cells += 1;
+        occupancy.live_cells += 1;
+        occupancy.used_cells += 1;
     }
 
-    /// Says that a digest is not at a place any more. Whether it was.
-    pub(super) fn remove(&self, tally: &mut TableOccupancy, digest: &TokenDigest, slot: KeySlot) -> bool {
-        let wanted = encode_cell(self.hasher.hash_digest(digest), slot);
+    /// Removes a digest from a slot. Returns whether it was there.
+    pub(super) fn remove(&self, occupancy: &mut TableOccupancy, digest: &TokenDigest, slot: KeySlot) -> bool {
+        let cell_value = encode_cell(self.hasher.hash_digest(digest), slot);
         let cells = self.cells.load();
-        let found = cells.probe(wanted >> 32).find(|(_, value)| *value == wanted);
+        let found = cells.probe(cell_value >> 32).find(|(_, value)| *value == cell_value);
         if let Some((cell, _)) = found {
             cell.store(TOMBSTONE, Ordering::Release);
-            tally.live_cells -= 1;
+            occupancy.live_cells -= 1;
         }
         found.is_some()
     }
 
-    /// Makes room for so many more digests at once.
-    pub(super) fn reserve(&self, tally: &mut TableOccupancy, more: usize) {
-        let least = (tally.used_cells + more) * 8 / 7 + 1;
-        if self.cells.load().0.len() < least {
-            self.rehash(tally, (tally.live_cells + more) * 4 / 3);
+    /// Grows the table at once for this number of additional digests.
+    pub(super) fn reserve(&self, occupancy: &mut TableOccupancy, additional: usize) {
+        let min_cells = (occupancy.used_cells + additional) * 8 / 7 + 1;
+        if self.cells.load().0.len() < min_cells {
+            self.rehash(occupancy, (occupancy.live_cells + additional) * 4 / 3);
         }
     }
 
-    /// Lets go of room that was made for what did not come, if it is much.
-    pub(super) fn shrink_to_fit(&self, tally: &mut TableOccupancy) {
-        let enough = (tally.live_cells * 4 / 3).max(MIN_CELLS);
-        if self.cells.load().0.len() > 2 * enough {
-            self.rehash(tally, enough);
+    /// Shrinks the table if it is less than half full.
+    pub(super) fn shrink_to_fit(&self, occupancy: &mut TableOccupancy) {
+        let target = (occupancy.live_cells * 4 / 3).max(MIN_CELLS);
+        if self.cells.load().0.len() > 2 * target {
+            self.rehash(occupancy, target);
         }
     }
 
-    /// A table of which three quarters are taken, without what is gone.
-    fn grow(&self, tally: &mut TableOccupancy) {
-        self.rehash(tally, tally.live_cells * 4 / 3);
+    /// Replaces the table by one that is three quarters full, without tombstones.
+    fn grow(&self, occupancy: &mut TableOccupancy) {
+        self.rehash(occupancy, occupancy.live_cells * 4 / 3);
     }
 
-    /// A table with so many cells, without what is gone.
-    fn rehash(&self, tally: &mut TableOccupancy, cells: usize) {
-        let wider = CellArray::new(cells.max(MIN_CELLS));
+    /// Replaces the table by one with this number of cells, without tombstones.
+    fn rehash(&self, occupancy: &mut TableOccupancy, cells: usize) {
+        let new_cells = CellArray::new(cells.max(MIN_CELLS));
         let old = self.cells.load();
         let values = old.0.iter().map(|cell| cell.load(Ordering::Relaxed));
-        values.filter(|value| decode_slot(*value).is_some()).for_each(|value| insert_cell(&wider, value));
-        self.cells.store(wider.into());
-        tally.used_cells = tally.live_cells;
+        values.filter(|value| decode_slot(*value).is_some()).for_each(|value| insert_cell(&new_cells, value));
+        self.cells.store(new_cells.into());
+        occupancy.used_cells = occupancy.live_cells;
     }
 }
 
@@ -159,13 +160,13 @@ fn encode_cell(hash: u64, slot: KeySlot) -> u64 {
     hash << 32 | (SLOT_BIAS + u64::from(slot))
 }
 
-/// The place in a cell that is taken.
+/// The slot in a cell; `None` for an empty cell or a tombstone.
 fn decode_slot(value: u64) -> Option<KeySlot> {
     let low = value & u64::from(u32::MAX);
     low.checked_sub(SLOT_BIAS).and_then(|slot| KeySlot::try_from(slot).ok())
 }
 
-/// Takes the first cell that is empty. There is one: a table is never full.
+/// Writes to the first empty cell. There is one: a table is never full.
 fn insert_cell(cells: &CellArray, value: u64) {
     let taken = cells.probe(value >> 32).count();
     let count = cells.0.len();
@@ -181,7 +182,7 @@ mod tests {
         TokenDigest::from_token(&number.to_string())
     }
 
-    /// How many cells are read of each of these digests, on average.
+    /// The mean number of cells that a look-up of these digests reads.
     fn probed(table: &DigestTable, digests: std::ops::Range<usize>) -> f64 {
         let count = digests.len() as f64;
         let cells = table.cells.load();
@@ -192,23 +193,24 @@ mod tests {
         digests.map(|number| look(&digest(number))).sum::<usize>() as f64 / count
     }
 
-    /// A table of the first digests, to which more can be added.
+    /// A table with the first `count` digests.
     fn filled(count: usize) -> (DigestTable, TableOccupancy) {
-        let (table, mut tally) = (DigestTable::default(), TableOccupancy::default());
-        (0..count).for_each(|number| table.insert(&mut tally, &digest(number), number as KeySlot));
-        (table, tally)
+        let (table, mut occupancy) = (DigestTable::default(), TableOccupancy::default());
+        (0..count).for_each(|number| table.insert(&mut occupancy, &digest(number), number as KeySlot));
+        (table, occupancy)
     }
 
     #[test]
     fn room_that_was_made_is_kept_only_for_what_came() {
-        let (table, mut tally) = filled(1000);
-        table.reserve(&mut tally, 99_000);
+        let (table, mut occupancy) = filled(1000);
+        table.reserve(&mut occupancy, 99_000);
         let roomy = table.cells.load().0.len();
-        (1000..80_000).for_each(|number| table.insert(&mut tally, &digest(number), number as KeySlot));
-        table.shrink_to_fit(&mut tally);
+        (1000..80_000).for_each(|number| table.insert(&mut occupancy, &digest(number), number as KeySlot));
+        table.shrink_to_fit(&mut occupancy);
         assert_eq!(table.cells.load().0.len(), roomy);
-        (0..60_000).for_each(|number| assert!(table.remove(&mut tally, &digest(number), number as KeySlot)));
-        table.shrink_to_fit(&mut tally);
+        (0..60_000)
+            .for_each(|number| assert!(table.remove(&mut occupancy, &digest(number), number as KeySlot)));
+        table.shrink_to_fit(&mut occupancy);
         assert!(table.cells.load().0.len() < 30_000);
         let there =
             |number: &usize| table.find(&digest(*number), |slot| (slot as usize == *number).then_some(()));
@@ -217,15 +219,15 @@ mod tests {
 
     #[test]
     fn the_emptiest_table_is_nearly_full_and_the_fullest_is_read_in_few_cells() {
-        let (table, mut tally) = filled(100_000);
+        let (table, mut occupancy) = filled(100_000);
         let length = || table.cells.load().0.len();
-        let (narrow, mut known) = (length(), 100_000);
+        let (narrow, mut inserted) = (length(), 100_000);
         while length() == narrow {
-            table.insert(&mut tally, &digest(known), known as KeySlot);
-            known += 1;
+            table.insert(&mut occupancy, &digest(inserted), inserted as KeySlot);
+            inserted += 1;
         }
-        assert!(length() * 3 <= known * 4, "{known} of {}", length());
-        let fullest = known - 1;
+        assert!(length() * 3 <= inserted * 4, "{inserted} of {}", length());
+        let fullest = inserted - 1;
         let (table, _) = filled(fullest);
         let (there, not) = (probed(&table, 0..fullest), probed(&table, fullest..2 * fullest));
         assert!(there < 8.0 && not < 64.0, "{there:.1} and {not:.1} cells");

@@ -1,12 +1,12 @@
-//! What many keys have alike: each thing once, and the lists in which the records of a block name it by two bytes.
+//! Interns the owners and policies of keys, and numbers them in lists, so that a record names one in two bytes.
 //!
-//! A number means something in its own list only. A list never changes, a block keeps the list that its records were
-//! numbered by, and a list keeps what is in it: no number leads to another key's thing, however long somebody reads.
+//! A number is valid in its own list only. Lists are immutable; a block keeps the lists that its records were numbered
+//! by. So no number ever leads to another key's value, even for a slow reader.
 //!
-//! Most blocks have one list in common, so that it costs nothing and stays in the processor's cache. A block that needs
-//! what is not there has a short list of its own. Once as many keys have come into such blocks as a common list of
-//! everything would have entries, that one is made, for blocks to come: common lists cost no more than 8 bytes for
-//! each key that came, as own ones do. What no record names any more leaves them with the next sweep of the index.
+//! Most blocks share one common list, which costs them nothing and stays in the processor's cache. A block with a value
+//! that the common list lacks has a private list. Once as many keys are in such blocks as the common list would have
+//! entries, it is rebuilt for later blocks: common lists cost at most 8 bytes per key, as private ones do. The next
+//! eviction removes values that no record uses.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -16,20 +16,21 @@ use std::{
 
 use foldhash::quality::RandomState;
 
-/// How many things a common list may have; and so how many that no key has any more may stay until the next sweep.
+/// The maximum length of a common list, and of the values without a key that may remain until the next eviction.
 const MAX_ENTRIES: usize = 1 << 14;
 
-/// Things by their numbers.
+/// Interned values; their indices are the numbers in records.
 pub(super) type SharedList<T> = Arc<[Arc<T>]>;
 
-/// Things, each once.
+/// Equal values, each stored once.
 #[derive(Debug)]
 pub(super) struct Interner<T> {
     interned: HashSet<Arc<T>, RandomState>,
     common_list: SharedList<T>,
-    /// Where in the common list a thing is, by its address. The list keeps it there, so nothing else has the address.
+    /// The numbers of the common list by the address of the value. The list keeps its values
+    /// alive, so addresses are unique.
     common_numbers: HashMap<usize, u16, RandomState>,
-    /// How many keys came into blocks with lists of their own since the common one was made.
+    /// The number of keys in blocks with private lists since the common list was built.
     keys_outside_common: usize,
 }
 
@@ -45,56 +46,57 @@ impl<T> Default for Interner<T> {
 }
 
 impl<T: Eq + Hash> Interner<T> {
-    /// The one that is kept of all that are equal.
+    /// Returns the stored value that equals this one; stores this one if no other does.
     pub(super) fn intern(&mut self, value: T) -> Arc<T> {
-        if let Some(known) = self.interned.get(&value) {
-            return known.clone();
+        if let Some(interned) = self.interned.get(&value) {
+            return interned.clone();
         }
         let new = Arc::new(value);
         self.interned.insert(new.clone());
         new
     }
 
-    /// The same of what is shared already.
+    /// Like [`Interner::intern`], for a value that is already shared.
     pub(super) fn intern_arc(&mut self, value: &Arc<T>) -> Arc<T> {
-        if let Some(known) = self.interned.get(value) {
-            return known.clone();
+        if let Some(interned) = self.interned.get(value) {
+            return interned.clone();
         }
         self.interned.insert(value.clone());
         value.clone()
     }
 
-    /// A list that has all of these, which this pool gave, and the number of each in it. They are the things of one
-    /// block, of whose records `came` are new.
+    /// Returns a list that contains all these interned values, and the number of each in it.
+    ///
+    /// The values are those of one block, of whose keys `new_keys` are new.
     pub(super) fn number_in_list<'t>(
         &mut self,
-        things: impl Iterator<Item = &'t Arc<T>> + Clone,
-        came: usize,
+        values: impl Iterator<Item = &'t Arc<T>> + Clone,
+        new_keys: usize,
     ) -> (SharedList<T>, Vec<u16>)
     where
         T: 't,
     {
-        if let Some(numbers) = self.find_common_numbers(things.clone()) {
+        if let Some(numbers) = self.find_common_numbers(values.clone()) {
             return (self.common_list.clone(), numbers);
         }
-        self.keys_outside_common += came;
+        self.keys_outside_common += new_keys;
         if self.keys_outside_common >= self.interned.len() && self.interned.len() <= MAX_ENTRIES {
             self.rebuild_common_list();
-            if let Some(numbers) = self.find_common_numbers(things.clone()) {
+            if let Some(numbers) = self.find_common_numbers(values.clone()) {
                 return (self.common_list.clone(), numbers);
             }
         }
-        build_private_list(things)
+        build_private_list(values)
     }
 
-    fn find_common_numbers<'t>(&self, things: impl Iterator<Item = &'t Arc<T>>) -> Option<Vec<u16>>
+    fn find_common_numbers<'t>(&self, values: impl Iterator<Item = &'t Arc<T>>) -> Option<Vec<u16>>
     where
         T: 't,
     {
-        things.map(|thing| self.common_numbers.get(&arc_address(thing)).copied()).collect()
+        values.map(|value| self.common_numbers.get(&arc_address(value)).copied()).collect()
     }
 
-    /// Makes the common list of everything that is known.
+    /// Builds the common list from all interned values.
     fn rebuild_common_list(&mut self) {
         self.set_common_list(self.interned.iter().cloned().collect());
         self.keys_outside_common = 0;
@@ -105,42 +107,42 @@ impl<T: Eq + Hash> Interner<T> {
         self.common_list = list;
     }
 
-    /// The common list, to be marked with what of it is used.
+    /// Starts to mark the values of the common list that are in use.
     pub(super) fn begin_marking(&self) -> ListMarks<T> {
         ListMarks { list: self.common_list.clone(), used: vec![false; self.common_list.len()] }
     }
 
-    /// Takes what is not marked out of the common list.
+    /// Removes values without a mark from the common list.
     pub(super) fn retain_marked(&mut self, marks: &ListMarks<T>) {
         if self.is_common_list(&marks.list) && marks.used.contains(&false) {
             let used = marks.list.iter().zip(&marks.used).filter(|(_, used)| **used);
-            self.set_common_list(used.map(|(thing, _)| thing.clone()).collect());
+            self.set_common_list(used.map(|(value, _)| value.clone()).collect());
         }
     }
 
-    /// Whether a list is the common one.
+    /// Returns whether a list is the current common one.
     pub(super) fn is_common_list(&self, list: &SharedList<T>) -> bool {
         Arc::ptr_eq(list, &self.common_list)
     }
 
-    /// Lets go of what no key has any more and no list keeps.
+    /// Drops values that no key and no list refers to.
     pub(super) fn collect_unused(&mut self) {
         if Arc::strong_count(&self.common_list) == 1 {
             self.common_list = Arc::new([]);
             self.common_numbers.clear();
         }
-        self.interned.retain(|thing| Arc::strong_count(thing) > 1);
+        self.interned.retain(|value| Arc::strong_count(value) > 1);
     }
 }
 
-/// Which things of a common list are used.
+/// The values of a common list that are in use.
 pub(super) struct ListMarks<T> {
     list: SharedList<T>,
     used: Vec<bool>,
 }
 
 impl<T> ListMarks<T> {
-    /// Marks what a block names by these numbers, if it has that list.
+    /// Marks these numbers if they belong to the marked list.
     pub(super) fn mark(&mut self, list: &SharedList<T>, numbers: impl Iterator<Item = u16>) {
         if Arc::ptr_eq(list, &self.list) {
             numbers.for_each(|number| self.used[usize::from(number)] = true);
@@ -148,21 +150,21 @@ impl<T> ListMarks<T> {
     }
 }
 
-fn arc_address<T>(thing: &Arc<T>) -> usize {
-    Arc::as_ptr(thing).addr()
+fn arc_address<T>(value: &Arc<T>) -> usize {
+    Arc::as_ptr(value).addr()
 }
 
-/// A list of these alone.
-fn build_private_list<'t, T: 't>(things: impl Iterator<Item = &'t Arc<T>>) -> (SharedList<T>, Vec<u16>) {
+/// Builds a list of exactly these values.
+fn build_private_list<'t, T: 't>(values: impl Iterator<Item = &'t Arc<T>>) -> (SharedList<T>, Vec<u16>) {
     let mut list: Vec<&Arc<T>> = Vec::new();
     let mut numbers = Vec::new();
-    for thing in things {
-        let known = list.iter().position(|known| Arc::ptr_eq(known, thing));
-        let number = known.unwrap_or(list.len());
-        if known.is_none() {
-            list.push(thing);
+    for value in values {
+        let interned = list.iter().position(|interned| Arc::ptr_eq(interned, value));
+        let number = interned.unwrap_or(list.len());
+        if interned.is_none() {
+            list.push(value);
         }
-        // A block has few records.
+        // It fits: a block has few records.
         numbers.push(u16::try_from(number).unwrap_or(u16::MAX));
     }
     (list.into_iter().cloned().collect(), numbers)
@@ -172,10 +174,10 @@ fn build_private_list<'t, T: 't>(things: impl Iterator<Item = &'t Arc<T>>) -> (S
 mod tests {
     use super::*;
 
-    /// The list for a block of one thing.
-    fn block(pool: &mut Interner<usize>, value: usize) -> SharedList<usize> {
-        let thing = pool.intern(value);
-        let (list, numbers) = pool.number_in_list(std::iter::once(&thing), 1);
+    /// The list for a block with one value.
+    fn block(interner: &mut Interner<usize>, value: usize) -> SharedList<usize> {
+        let interned = interner.intern(value);
+        let (list, numbers) = interner.number_in_list(std::iter::once(&interned), 1);
         assert_eq!(*list[usize::from(numbers[0])], value);
         list
     }
@@ -183,9 +185,9 @@ mod tests {
     #[test]
     fn blocks_have_one_list_in_common_and_lists_cost_no_more_than_the_keys_that_came() {
         const THINGS: usize = 1000;
-        let mut pool = Interner::default();
-        let first: Vec<_> = (0..THINGS).map(|value| block(&mut pool, value)).collect();
-        let again: Vec<_> = (0..THINGS).map(|value| block(&mut pool, value)).collect();
+        let mut interner = Interner::default();
+        let first: Vec<_> = (0..THINGS).map(|value| block(&mut interner, value)).collect();
+        let again: Vec<_> = (0..THINGS).map(|value| block(&mut interner, value)).collect();
         assert!(Arc::ptr_eq(&again[THINGS - 1], &again[THINGS - 2]));
         let all = first.iter().chain(&again);
         let lists: HashMap<_, _> = all.map(|list| (list.as_ptr(), list.len())).collect();
@@ -194,40 +196,40 @@ mod tests {
 
     #[test]
     fn more_things_than_a_list_may_have_are_in_lists_of_their_own() {
-        let mut pool = Interner::default();
-        let lists: Vec<_> = (0..3 * MAX_ENTRIES).map(|value| block(&mut pool, value)).collect();
+        let mut interner = Interner::default();
+        let lists: Vec<_> = (0..3 * MAX_ENTRIES).map(|value| block(&mut interner, value)).collect();
         assert!(lists.iter().all(|list| list.len() <= MAX_ENTRIES));
         assert_eq!(lists.last().unwrap().len(), 1);
     }
 
     #[test]
     fn what_no_record_names_leaves_the_common_list() {
-        let mut pool = Interner::default();
-        let lists: Vec<_> = (0..200).map(|value| block(&mut pool, value % 100)).collect();
+        let mut interner = Interner::default();
+        let lists: Vec<_> = (0..200).map(|value| block(&mut interner, value % 100)).collect();
         let common = lists.last().unwrap().clone();
-        let mut marks = pool.begin_marking();
+        let mut marks = interner.begin_marking();
         marks.mark(&common, [1, 3].into_iter());
         marks.mark(&lists[0], [0].into_iter());
-        pool.retain_marked(&marks);
-        assert!(!pool.is_common_list(&common) && pool.common_list.len() == 2);
+        interner.retain_marked(&marks);
+        assert!(!interner.is_common_list(&common) && interner.common_list.len() == 2);
         let kept = [common[1].clone(), common[3].clone()];
-        assert_eq!(pool.number_in_list(kept.iter(), 0).1, [0, 1]);
+        assert_eq!(interner.number_in_list(kept.iter(), 0).1, [0, 1]);
         drop((lists, common, kept, marks));
-        pool.collect_unused();
-        assert!(pool.interned.is_empty(), "no block has the list any more");
+        interner.collect_unused();
+        assert!(interner.interned.is_empty(), "no block has the list any more");
     }
 
     #[test]
     fn what_nobody_has_is_let_go_of() {
-        let mut pool = Interner::default();
-        let lists: Vec<_> = (0..200).map(|value| block(&mut pool, value % 100)).collect();
-        assert_eq!(pool.common_numbers.len(), 100);
-        pool.collect_unused();
-        assert_eq!(pool.interned.len(), 100);
+        let mut interner = Interner::default();
+        let lists: Vec<_> = (0..200).map(|value| block(&mut interner, value % 100)).collect();
+        assert_eq!(interner.common_numbers.len(), 100);
+        interner.collect_unused();
+        assert_eq!(interner.interned.len(), 100);
         drop(lists);
-        pool.collect_unused();
-        assert!(pool.interned.is_empty());
-        // An address may be another thing's now.
-        (100..200).for_each(|value| drop(block(&mut pool, value)));
+        interner.collect_unused();
+        assert!(interner.interned.is_empty());
+        // Addresses may have been reused by now.
+        (100..200).for_each(|value| drop(block(&mut interner, value)));
     }
 }

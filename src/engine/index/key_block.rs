@@ -1,11 +1,13 @@
-//! Keys as the index holds them: small, and packed in blocks that never change.
+//! Stores keys compactly, in immutable blocks.
 //!
-//! A record has what a Check asks and answers. What only management shows is read from the store. A revoked key's record
-//! keeps its id, owner, environment, digests and the instant of the revocation, and nothing else. What many keys
-//! have alike stands once, and records name it by numbers (`pool.rs`); what only some have is apart (`sparse.rs`);
-//! names stand one after the other. A block has 64 records. A change makes a new block, which takes the place of the
-//! one before it: so both secrets of a key change at one instant, and whoever reads needs no lock. A block owns
-//! whatever its records lead to.
+//! A record has what a Check needs and returns; other details are read from the store. The record of a revoked key
+//! keeps only its ID, owner, environment, digests and the time of the revocation.
+//!
+//! Values that many keys share are interned, and records name them by number (`interner.rs`). Fields that few keys have
+//! are in `sparse_column.rs` and `cold_fields.rs`; names are concatenated.
+//!
+//! A change builds a new block, which replaces the old one. So all secrets of a key change at one instant, and readers
+//! need no lock. A block owns everything that its records refer to.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -17,7 +19,7 @@ use ipnet::IpNet;
 
 use crate::domain::{
     key::{ApiKey, KeyOwner, KeySecret, Quota, RateLimit},
-    key_attributes::{KeyAttributes, secret_superseded_at},
+    key_attributes::KeyAttributes,
     key_policy::KeyPolicy,
     name::{CustomerId, EnvironmentName, KeyId, KeyName, RoleName},
     scope::ScopeSet,
@@ -26,103 +28,22 @@ use crate::domain::{
 };
 
 use super::{
+    cold_fields::{ColdFields, ColdFieldsView, LARGE_VERSION, PreviousSecret},
     interner::{self, Interner, SharedList},
-    sparse_column::SparseColumn,
+    sparse_column::{MAX_RECORDS, SparseColumn},
 };
 
-/// How many records a block has.
-pub(super) const RECORDS_PER_BLOCK: usize = 64;
-/// The longest name in bytes: 255 characters.
+/// The number of records in a full block.
+pub(super) const RECORDS_PER_BLOCK: usize = MAX_RECORDS;
+/// The longest name in bytes: 255 characters of four bytes.
 const MAX_NAME_BYTES: usize = 255 * 4;
-// Where a name ends fits into 16 bits.
+// The end of a name fits into 16 bits.
 const _: () = assert!(RECORDS_PER_BLOCK * MAX_NAME_BYTES <= u16::MAX as usize);
-// Each key costs this much before anything else. 64 times 56 is one of the sizes in which the allocator gives memory
-// (3584 bytes, and the next is 4096), so a byte more would cost eight.
+// This is the fixed cost of each key. 64 records of 56 bytes (3584) are exactly one size class of the allocator, whose
+// next one is 4096: one more byte would cost eight.
 const _: () = assert!(size_of::<BlockRecord>() <= 56);
 
-/// What few keys have.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct ColdFields {
-    /// The newest secret's version, where a record has no room for it; else 0.
-    large_version: u32,
-    disabled: bool,
-    /// From when the newest secret is superseded.
-    newest_superseded_at: Option<Timestamp>,
-    previous_secrets: Box<[PreviousSecret]>,
-    /// Apart: an empty map would cost every rare record 24 bytes.
-    metadata: Option<Arc<BTreeMap<String, String>>>,
-}
-
-/// What may be rare of a key.
-pub(super) struct ColdFieldsView<'k> {
-    /// In its record, the newest first.
-    pub(super) secrets: &'k [KeySecret],
-    pub(super) updated_at: Timestamp,
-    pub(super) disabled_at: Option<Timestamp>,
-    pub(super) revoked_at: Option<Timestamp>,
-    pub(super) metadata: &'k BTreeMap<String, String>,
-}
-
-impl<'k> ColdFieldsView<'k> {
-    fn from_key(key: &'k ApiKey) -> Self {
-        ColdFieldsView {
-            secrets: &key.secrets,
-            updated_at: key.updated_at,
-            disabled_at: key.disabled_at,
-            revoked_at: key.revocation.as_ref().map(|revocation| revocation.at),
-            metadata: &key.spec.metadata,
-        }
-    }
-
-    /// With the superseded secrets that left its record.
-    pub(super) fn with_retired_secrets(&self, left: &[KeySecret]) -> Option<Arc<ColdFields>> {
-        let left = left.iter().map(|secret| PreviousSecret {
-            version: secret.version,
-            digest: secret.digest,
-            superseded_at: Some(secret.expires_at.unwrap_or(self.updated_at)),
-            is_retired: true,
-            is_already_superseded: true,
-        });
-        self.with_previous_secrets(left)
-    }
-
-    fn with_previous_secrets(&self, left: impl Iterator<Item = PreviousSecret>) -> Option<Arc<ColdFields>> {
-        let (newest, others) = self.secrets.split_first()?;
-        let others = others.iter().map(|secret| PreviousSecret {
-            version: secret.version,
-            digest: secret.digest,
-            superseded_at: secret.expires_at,
-            is_retired: false,
-            is_already_superseded: secret_superseded_at(secret.expires_at, self.updated_at)
-                == Some(Timestamp::MIN),
-        });
-        let alive = self.revoked_at.is_none();
-        let metadata = Some(self.metadata).filter(|metadata| alive && !metadata.is_empty());
-        let rare = ColdFields {
-            large_version: if newest.version < LARGE_VERSION.into() { 0 } else { newest.version },
-            disabled: alive && self.disabled_at.is_some(),
-            newest_superseded_at: newest.expires_at.filter(|_| alive),
-            previous_secrets: others.chain(left).collect(),
-            metadata: metadata.cloned().map(Arc::new),
-        };
-        (rare != ColdFields::default()).then(|| Arc::new(rare))
-    }
-}
-
-/// A secret before the newest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct PreviousSecret {
-    version: u32,
-    digest: TokenDigest,
-    /// From when it is superseded.
-    superseded_at: Option<Timestamp>,
-    /// Whether it has left the key's record, and is superseded whatever the clock says.
-    is_retired: bool,
-    /// Whether it had ended when the record was made, and is superseded whatever the clock says.
-    is_already_superseded: bool,
-}
-
-/// What many keys have alike, each thing once.
+/// Owners and policies, each stored once.
 #[derive(Debug, Default)]
 pub(super) struct BlockInterners {
     owners: Interner<KeyOwner>,
@@ -130,74 +51,71 @@ pub(super) struct BlockInterners {
 }
 
 impl BlockInterners {
-    /// The owner that is kept of all that are equal.
+    /// The stored owner that equals this one.
     pub(super) fn intern_owner(&mut self, owner: &Arc<KeyOwner>) -> Arc<KeyOwner> {
         self.owners.intern_arc(owner)
     }
 
-    /// The policy that is kept of all that are equal.
+    /// The stored policy that equals this one.
     pub(super) fn intern_policy(&mut self, policy: &Arc<KeyPolicy>) -> Arc<KeyPolicy> {
         self.policies.intern_arc(policy)
     }
 
-    /// The common lists, to be marked with what of them is used.
+    /// Starts to mark the entries of the common lists that are in use.
     pub(super) fn begin_marking(&self) -> BlockMarks {
         BlockMarks { owners: self.owners.begin_marking(), policies: self.policies.begin_marking() }
     }
 
-    /// Takes what is not marked out of the common lists.
+    /// Removes entries without a mark from the common lists.
     pub(super) fn retain_marked(&mut self, marks: &BlockMarks) {
         self.owners.retain_marked(&marks.owners);
         self.policies.retain_marked(&marks.policies);
     }
 
-    /// Lets go of what no key has any more.
+    /// Drops owners and policies that no key has.
     pub(super) fn collect_unused(&mut self) {
         self.owners.collect_unused();
         self.policies.collect_unused();
     }
 }
 
-/// What of the common lists records name.
+/// The entries of both common lists that are in use.
 pub(super) struct BlockMarks {
     owners: interner::ListMarks<KeyOwner>,
     policies: interner::ListMarks<KeyPolicy>,
 }
 
-/// One key.
+/// The fixed-size part of a key.
 #[derive(Debug)]
 struct BlockRecord {
     id: KeyId,
-    /// The newest secret's.
+    /// The digest of the newest secret.
     digest: TokenDigest,
-    /// The newest secret's, or [`LARGE_VERSION`]. Versions count from 1; 0 = the place is free.
+    /// The newest secret's version, or [`LARGE_VERSION`]. Versions start at 1; 0 marks a free record.
     version: u16,
-    /// Where its name ends among the names of its block.
+    /// The end of its name in the names of the block.
     name_end: u16,
-    /// Its owner's number in its block's list.
+    /// Its owner's number in the block's list.
     owner_number: u16,
-    /// Its policy's.
+    /// Its policy's number in the block's list.
     policy_number: u16,
 }
 
-/// The version stands apart: it is this or more.
-const LARGE_VERSION: u16 = u16::MAX;
-
 impl BlockRecord {
-    /// What stands where no key is.
+    /// A free record, which no key uses.
     fn empty() -> BlockRecord {
         let (id, digest) = (KeyId::from_bytes([0; 16]), TokenDigest::from_bytes([0; 32]));
         BlockRecord { id, digest, version: 0, name_end: 0, owner_number: 0, policy_number: 0 }
     }
 }
 
-/// A key on its way into a block.
+/// A key that is ready to be put into a block.
 #[derive(Debug)]
 pub(super) struct OwnedBlockEntry {
     id: KeyId,
     digest: TokenDigest,
     version: u32,
-    /// Empty where it has none.
+    /// Empty if the key has no name.
     name: String,
     expires_at: Option<Timestamp>,
     revoked_at: Option<Timestamp>,
@@ -206,13 +124,13 @@ pub(super) struct OwnedBlockEntry {
     cold_fields: Option<Arc<ColdFields>>,
 }
 
-/// The same while it stands somewhere: in a block, or on its way.
+/// Like [`OwnedBlockEntry`], but borrowed: from a block, or from a pending key.
 #[derive(Clone, Copy)]
 pub(super) struct BlockEntryRef<'a> {
     pub(super) id: KeyId,
     pub(super) digest: TokenDigest,
     pub(super) version: u32,
-    /// Empty where it has none.
+    /// Empty if the key has no name.
     pub(super) name: &'a str,
     pub(super) expires_at: Option<Timestamp>,
     pub(super) revoked_at: Option<Timestamp>,
@@ -240,51 +158,51 @@ impl OwnedBlockEntry {
         }
     }
 
-    /// A key as it was loaded, with the superseded secrets that left its record. None of a key without secrets:
-    /// nobody can find it.
+    /// Builds the entry of a loaded key, with the superseded secrets that have left its record. Returns `None` for a
+    /// key without secrets, which nobody can find.
     pub(super) fn new(
         key: &ApiKey,
-        left: &[KeySecret],
-        shared: &mut BlockInterners,
+        retired: &[KeySecret],
+        interners: &mut BlockInterners,
     ) -> Option<OwnedBlockEntry> {
         OwnedBlockEntry::with_cold_fields(
             key,
-            ColdFieldsView::from_key(key).with_retired_secrets(left),
-            shared,
+            ColdFieldsView::from_key(key).with_retired_secrets(retired),
+            interners,
         )
     }
 
-    /// A key as it is after a change.
+    /// Builds the entry of a key after a change.
     pub(super) fn from_change(
         before: &KeyRef,
         key: &ApiKey,
-        shared: &mut BlockInterners,
+        interners: &mut BlockInterners,
     ) -> Option<OwnedBlockEntry> {
-        let left = before.secrets().filter_map(|old| {
-            let kept = key.secrets.iter().any(|kept| kept.version == old.version);
-            let ends = Some(old.superseded_at.unwrap_or(key.updated_at).min(key.updated_at));
-            if old.is_retired {
-                Some(old)
+        let retired = before.secrets().filter_map(|previous| {
+            let kept = key.secrets.iter().any(|kept| kept.version == previous.version);
+            let ends = Some(previous.superseded_at.unwrap_or(key.updated_at).min(key.updated_at));
+            if previous.is_retired {
+                Some(previous)
             } else {
                 (!kept).then_some(PreviousSecret {
                     superseded_at: ends,
                     is_retired: true,
                     is_already_superseded: true,
-                    ..old
+                    ..previous
                 })
             }
         });
         OwnedBlockEntry::with_cold_fields(
             key,
-            ColdFieldsView::from_key(key).with_previous_secrets(left),
-            shared,
+            ColdFieldsView::from_key(key).with_previous_secrets(retired),
+            interners,
         )
     }
 
     fn with_cold_fields(
         key: &ApiKey,
-        rare: Option<Arc<ColdFields>>,
-        shared: &mut BlockInterners,
+        cold_fields: Option<Arc<ColdFields>>,
+        interners: &mut BlockInterners,
     ) -> Option<OwnedBlockEntry> {
         let newest = key.secrets.first()?;
         let revoked_at = key.revocation.as_ref().map(|revocation| revocation.at);
@@ -299,16 +217,15 @@ impl OwnedBlockEntry {
             name: name.map_or("", KeyName::as_str).to_owned(),
             expires_at: alive.and_then(|key| key.spec.expires_at),
             revoked_at,
-            owner: shared.owners.intern(key.owner.clone()),
-            policy: shared.policies.intern(policy),
-            cold_fields: rare,
+            owner: interners.owners.intern(key.owner.clone()),
+            policy: interners.policies.intern(policy),
+            cold_fields,
         })
     }
 }
 
 impl BlockEntryRef<'_> {
-    /// A copy.
-    pub(super) fn to_owned_entry(&self) -> OwnedBlockEntry {
+    pub(super) fn to_owned_entry(self) -> OwnedBlockEntry {
         OwnedBlockEntry {
             id: self.id,
             digest: self.digest,
@@ -323,7 +240,7 @@ impl BlockEntryRef<'_> {
     }
 }
 
-/// Up to 64 records that never change, with all that belongs to them.
+/// Up to 64 immutable records, with everything that they refer to.
 #[derive(Debug)]
 pub(super) struct KeyBlock {
     records: Box<[BlockRecord]>,
@@ -342,25 +259,26 @@ impl Default for KeyBlock {
 }
 
 impl KeyBlock {
-    /// A block of these, of which `came` are new; None is a free place. Nothing in it has room that it does not use:
-    /// an allocator seldom takes back what is too much.
+    /// Builds a block of these entries, of which `new_keys` are new; `None` is a free record. Everything is allocated
+    /// exactly, since allocators rarely take back spare capacity.
     pub(super) fn from_entries(
-        places: &[Option<BlockEntryRef<'_>>],
-        came: usize,
-        shared: &mut BlockInterners,
+        entries: &[Option<BlockEntryRef<'_>>],
+        new_keys: usize,
+        interners: &mut BlockInterners,
     ) -> KeyBlock {
-        let taken = places.iter().flatten();
-        let (owners, owner) = shared.owners.number_in_list(taken.clone().map(|placed| placed.owner), came);
+        let taken = entries.iter().flatten();
+        let (owners, owner) =
+            interners.owners.number_in_list(taken.clone().map(|occupied| occupied.owner), new_keys);
         let (policies, policy) =
-            shared.policies.number_in_list(taken.clone().map(|placed| placed.policy), came);
+            interners.policies.number_in_list(taken.clone().map(|occupied| occupied.policy), new_keys);
         let mut numbers = owner.into_iter().zip(policy);
-        let mut names = String::with_capacity(taken.map(|placed| placed.name.len()).sum());
-        let mut records = Vec::with_capacity(places.len());
-        for place in places {
+        let mut names = String::with_capacity(taken.map(|occupied| occupied.name.len()).sum());
+        let mut records = Vec::with_capacity(entries.len());
+        for entry in entries {
             let mut record = BlockRecord::empty();
-            if let (Some(placed), Some((owner, policy))) = (place, place.and_then(|_| numbers.next())) {
-                names.push_str(placed.name);
-                let BlockEntryRef { id, digest, version, .. } = *placed;
+            if let (Some(occupied), Some((owner, policy))) = (entry, entry.and_then(|_| numbers.next())) {
+                names.push_str(occupied.name);
+                let BlockEntryRef { id, digest, version, .. } = *occupied;
                 let version = u16::try_from(version).unwrap_or(LARGE_VERSION);
                 record = BlockRecord {
                     id,
@@ -371,26 +289,26 @@ impl KeyBlock {
                     name_end: 0,
                 };
             }
-            // It fits: see `RECORDS_PER_BLOCK`.
+            // It fits: see the assertion at `MAX_NAME_BYTES`.
             record.name_end = u16::try_from(names.len()).unwrap_or(u16::MAX);
             records.push(record);
         }
-        let placed = places.iter().map(Option::as_ref);
-        let expiries = placed.clone().map(|placed| placed.and_then(|placed| placed.expires_at.as_ref()));
-        let revocations = placed.clone().map(|placed| placed.and_then(|placed| placed.revoked_at.as_ref()));
-        let rares = placed.map(|placed| placed.and_then(|placed| placed.cold_fields));
+        let optional = entries.iter().map(Option::as_ref);
+        let expiries = optional.clone().map(|entry| entry.and_then(|entry| entry.expires_at.as_ref()));
+        let revocations = optional.clone().map(|entry| entry.and_then(|entry| entry.revoked_at.as_ref()));
+        let cold_fields = optional.map(|entry| entry.and_then(|entry| entry.cold_fields));
         KeyBlock {
             records: records.into(),
             names: names.into(),
             expiries: SparseColumn::from_options(expiries),
             revocations: SparseColumn::from_options(revocations),
-            cold_fields: SparseColumn::from_options(rares),
+            cold_fields: SparseColumn::from_options(cold_fields),
             owners,
             policies,
         }
     }
 
-    /// How many records it has, free places included.
+    /// The number of records, including free ones.
     pub(super) fn len(&self) -> usize {
         self.records.len()
     }
@@ -400,15 +318,15 @@ impl KeyBlock {
         &self.names[usize::from(start)..usize::from(self.records[at].name_end)]
     }
 
-    /// The newest secret's version of the key at a place; 0 where it is free.
+    /// The newest secret's version of a record; 0 if it is free.
     fn newest_version_at(&self, at: usize) -> u32 {
         match (self.records[at].version, self.cold_fields.get(at)) {
-            (LARGE_VERSION, Some(rare)) => rare.large_version,
+            (LARGE_VERSION, Some(cold_fields)) => cold_fields.large_version,
             (version, _) => version.into(),
         }
     }
 
-    /// What stands at a place; None where it is free.
+    /// The entry at an offset; `None` if the record is free.
     fn entry_at(&self, at: usize) -> Option<BlockEntryRef<'_>> {
         let record = &self.records[at];
         (record.version > 0).then(|| BlockEntryRef {
@@ -424,14 +342,15 @@ impl KeyBlock {
         })
     }
 
-    /// Whether no key in it is revoked and no secret superseded.
+    /// Returns whether no key is revoked and no secret is superseded, so that eviction can skip the block.
     pub(super) fn has_no_expirable_entries(&self) -> bool {
-        let ends =
-            |rare: &Arc<ColdFields>| rare.newest_superseded_at.is_some() || !rare.previous_secrets.is_empty();
+        let ends = |cold_fields: &Arc<ColdFields>| {
+            cold_fields.newest_superseded_at.is_some() || !cold_fields.previous_secrets.is_empty()
+        };
         self.revocations.values().next().is_none() && !self.cold_fields.values().any(ends)
     }
 
-    /// What stands at each place.
+    /// The entry of each record.
     fn entries(&self) -> Vec<Option<BlockEntryRef<'_>>> {
         (0..self.len()).map(|at| self.entry_at(at)).collect()
     }
@@ -440,56 +359,60 @@ impl KeyBlock {
         self.records.iter().filter(|record| record.version > 0)
     }
 
-    /// Marks what its records name of the common lists.
+    /// Marks what its records use of the common lists.
     pub(super) fn mark_used(&self, marks: &mut BlockMarks) {
         marks.owners.mark(&self.owners, self.occupied_records().map(|record| record.owner_number));
         marks.policies.mark(&self.policies, self.occupied_records().map(|record| record.policy_number));
     }
 
-    /// Whether each of its lists is the common one, or has nothing that its records do not name.
-    pub(super) fn is_compact(&self, shared: &BlockInterners) -> bool {
+    /// Returns whether each of its lists is the common one, or contains nothing that its records do not use.
+    pub(super) fn is_compact(&self, interners: &BlockInterners) -> bool {
         let named = |numbers: &mut dyn Iterator<Item = u16>| numbers.collect::<HashSet<_>>().len();
         let owners =
             || named(&mut self.occupied_records().map(|record| record.owner_number)) == self.owners.len();
         let policies =
             || named(&mut self.occupied_records().map(|record| record.policy_number)) == self.policies.len();
-        (shared.owners.is_common_list(&self.owners) || owners())
-            && (shared.policies.is_common_list(&self.policies) || policies())
+        (interners.owners.is_common_list(&self.owners) || owners())
+            && (interners.policies.is_common_list(&self.policies) || policies())
     }
 
-    /// The same block with other lists.
-    pub(super) fn compact(&self, shared: &mut BlockInterners) -> KeyBlock {
-        KeyBlock::from_entries(&self.entries(), 0, shared)
+    /// Rebuilds the block with the current lists.
+    pub(super) fn compact(&self, interners: &mut BlockInterners) -> KeyBlock {
+        KeyBlock::from_entries(&self.entries(), 0, interners)
     }
 
-    /// The same block with more records.
-    pub(super) fn with_appended(&self, more: &[OwnedBlockEntry], shared: &mut BlockInterners) -> KeyBlock {
-        let mut places = self.entries();
-        places.extend(more.iter().map(|packed| Some(packed.entry_ref())));
-        KeyBlock::from_entries(&places, more.len(), shared)
+    /// The block with these entries appended.
+    pub(super) fn with_appended(
+        &self,
+        appended: &[OwnedBlockEntry],
+        interners: &mut BlockInterners,
+    ) -> KeyBlock {
+        let mut entries = self.entries();
+        entries.extend(appended.iter().map(|entry| Some(entry.entry_ref())));
+        KeyBlock::from_entries(&entries, appended.len(), interners)
     }
 
-    /// The same block with another record at a place that it has.
+    /// The block with another entry at an existing offset.
     pub(super) fn with_replaced(
         &self,
         at: usize,
-        packed: &OwnedBlockEntry,
-        shared: &mut BlockInterners,
+        entry: &OwnedBlockEntry,
+        interners: &mut BlockInterners,
     ) -> KeyBlock {
-        let mut places = self.entries();
-        places[at] = Some(packed.entry_ref());
-        KeyBlock::from_entries(&places, 1, shared)
+        let mut entries = self.entries();
+        entries[at] = Some(entry.entry_ref());
+        KeyBlock::from_entries(&entries, 1, interners)
     }
 
-    /// The same block with a free place.
-    pub(super) fn with_removed(&self, at: usize, shared: &mut BlockInterners) -> KeyBlock {
-        let mut places = self.entries();
-        places[at] = None;
-        KeyBlock::from_entries(&places, 0, shared)
+    /// The block with the record at this offset freed.
+    pub(super) fn with_removed(&self, at: usize, interners: &mut BlockInterners) -> KeyBlock {
+        let mut entries = self.entries();
+        entries[at] = None;
+        KeyBlock::from_entries(&entries, 0, interners)
     }
 }
 
-/// A key as the engine holds it: a record of a block, which stays as it is however the key changes.
+/// A key in the engine: one record of an immutable block. Later changes of the key do not affect it.
 #[derive(Clone)]
 pub struct KeyRef {
     block: Arc<KeyBlock>,
@@ -502,16 +425,16 @@ impl fmt::Debug for KeyRef {
     }
 }
 
-/// A key outside the index.
+/// Builds a key outside the index.
 impl From<&ApiKey> for KeyRef {
     fn from(key: &ApiKey) -> Self {
-        let shared = &mut BlockInterners::default();
-        let packed = OwnedBlockEntry::new(key, &[], shared);
+        let interners = &mut BlockInterners::default();
+        let entry = OwnedBlockEntry::new(key, &[], interners);
         KeyRef {
             block: Arc::new(KeyBlock::from_entries(
-                &[packed.as_ref().map(OwnedBlockEntry::entry_ref)],
+                &[entry.as_ref().map(OwnedBlockEntry::entry_ref)],
                 1,
-                shared,
+                interners,
             )),
             offset: 0,
         }
@@ -519,7 +442,7 @@ impl From<&ApiKey> for KeyRef {
 }
 
 impl KeyRef {
-    /// The key at a place of a block; None where the place is free.
+    /// The key at an offset of a block; `None` if the record is free.
     pub(super) fn from_block(block: Arc<KeyBlock>, at: usize) -> Option<KeyRef> {
         let taken = block.records.get(at)?.version > 0;
         taken.then_some(KeyRef { block, offset: at })
@@ -537,16 +460,15 @@ impl KeyRef {
         &self.block.policies[usize::from(self.record().policy_number)]
     }
 
-    /// The newest secret's version.
     fn newest_version(&self) -> u32 {
         self.block.newest_version_at(self.offset)
     }
 
-    /// Every secret that is known of it, the newest first.
+    /// All known secrets of the key, newest first.
     fn secrets(&self) -> impl Iterator<Item = PreviousSecret> {
         let (version, digest) = (self.newest_version(), self.record().digest);
-        let ends = self.cold_fields().and_then(|rare| rare.newest_superseded_at);
-        let older = self.cold_fields().map_or(&[][..], |rare| &rare.previous_secrets);
+        let ends = self.cold_fields().and_then(|cold_fields| cold_fields.newest_superseded_at);
+        let older = self.cold_fields().map_or(&[][..], |cold_fields| &cold_fields.previous_secrets);
         [PreviousSecret {
             version,
             digest,
@@ -558,7 +480,7 @@ impl KeyRef {
         .chain(older.iter().cloned())
     }
 
-    /// The digests of every secret that is known of it.
+    /// The digests of all its known secrets.
     pub(super) fn digests(&self) -> Vec<TokenDigest> {
         self.secrets().map(|secret| secret.digest).collect()
     }
@@ -568,7 +490,7 @@ impl KeyRef {
         self.secrets().filter(|secret| !secret.is_retired).map(|secret| secret.digest).collect()
     }
 
-    /// Which version of its secret has this digest.
+    /// The version of the secret that has this digest.
     pub(super) fn find_version(&self, digest: &TokenDigest) -> Option<u32> {
         if self.record().digest == *digest {
             return Some(self.newest_version());
@@ -577,54 +499,58 @@ impl KeyRef {
         older.iter().find(|secret| secret.digest == *digest).map(|secret| secret.version)
     }
 
-    /// Whether it was revoked before `then`.
-    pub(super) fn is_revoked_before(&self, then: Timestamp) -> bool {
-        self.revoked_at().is_some_and(|at| at < then)
+    /// Returns whether the key was revoked before `cutoff`.
+    pub(super) fn is_revoked_before(&self, cutoff: Timestamp) -> bool {
+        self.revoked_at().is_some_and(|at| at < cutoff)
     }
 
-    /// The digests of its secrets that were superseded before `then`, and the key without those among them that
-    /// left the record, where there are such.
-    pub(super) fn without_superseded(&self, then: Timestamp) -> (Vec<TokenDigest>, Option<OwnedBlockEntry>) {
-        let Some(rare) = self.cold_fields() else { return (Vec::new(), None) };
-        let over = |secret: &PreviousSecret| secret.superseded_at.is_some_and(|end| end < then);
-        let digests = self.secrets().filter(over).map(|secret| secret.digest).collect();
-        if !rare.previous_secrets.iter().any(|secret| secret.is_retired && over(secret)) {
+    /// Returns the digests of secrets that were superseded before `cutoff`. If some of these had left the record, also
+    /// returns the key without them.
+    pub(super) fn without_superseded(
+        &self,
+        cutoff: Timestamp,
+    ) -> (Vec<TokenDigest>, Option<OwnedBlockEntry>) {
+        let Some(cold_fields) = self.cold_fields() else { return (Vec::new(), None) };
+        let is_due = |secret: &PreviousSecret| secret.superseded_at.is_some_and(|end| end < cutoff);
+        let digests = self.secrets().filter(is_due).map(|secret| secret.digest).collect();
+        if !cold_fields.previous_secrets.iter().any(|secret| secret.is_retired && is_due(secret)) {
             return (digests, None);
         }
-        let older = rare
+        let older = cold_fields
             .previous_secrets
             .iter()
-            .filter(|secret| !(secret.is_retired && over(secret)))
+            .filter(|secret| !(secret.is_retired && is_due(secret)))
             .cloned()
             .collect();
-        let rare = ColdFields { previous_secrets: older, metadata: rare.metadata.clone(), ..*rare };
-        let rare = (rare != ColdFields::default()).then(|| Arc::new(rare));
-        let placed = self.block.entry_at(self.offset);
-        (digests, placed.map(|placed| OwnedBlockEntry { cold_fields: rare, ..placed.to_owned_entry() }))
+        let cold_fields =
+            ColdFields { previous_secrets: older, metadata: cold_fields.metadata.clone(), ..*cold_fields };
+        let cold_fields = (cold_fields != ColdFields::default()).then(|| Arc::new(cold_fields));
+        let occupied = self.block.entry_at(self.offset);
+        (digests, occupied.map(|occupied| OwnedBlockEntry { cold_fields, ..occupied.to_owned_entry() }))
     }
 
-    /// Since when it has been revoked.
+    /// When the key was revoked.
     pub(super) fn revoked_at(&self) -> Option<Timestamp> {
         self.block.revocations.get(self.offset).copied()
     }
 
-    /// Its id.
+    /// The ID of the key, which is public.
     #[must_use]
     pub fn id(&self) -> KeyId {
         self.record().id
     }
 
-    /// Its name for people. A revoked key has none here.
+    /// The display name; `None` for a revoked key, which keeps no name.
     #[must_use]
     pub fn name(&self) -> Option<&str> {
         Some(self.block.name_at(self.offset)).filter(|name| !name.is_empty())
     }
 
-    /// Its maker's own notes.
+    /// The metadata that its creator attached.
     #[must_use]
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         static NONE: BTreeMap<String, String> = BTreeMap::new();
-        self.cold_fields().and_then(|rare| rare.metadata.as_deref()).unwrap_or(&NONE)
+        self.cold_fields().and_then(|cold_fields| cold_fields.metadata.as_deref()).unwrap_or(&NONE)
     }
 }
 
@@ -666,7 +592,7 @@ impl KeyAttributes for KeyRef {
     }
 
     fn is_disabled(&self) -> bool {
-        self.cold_fields().is_some_and(|rare| rare.disabled)
+        self.cold_fields().is_some_and(|cold_fields| cold_fields.disabled)
     }
 
     fn is_revoked(&self) -> bool {

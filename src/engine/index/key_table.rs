@@ -1,8 +1,10 @@
-//! Every key in memory, found by the digest of any of its secrets.
+//! Stores all keys in memory, and finds them by the digest of any of their secrets.
 //!
-//! A key has a place (a slot) for as long as it is known, and its record stands there, in a block; the table says
-//! at which places a digest may be. Readers take no lock. Writers take turns on one, which no reader takes. A new
-//! digest is in its record before it is in the table, and a record is replaced as a whole.
+//! A key keeps its slot while it is in the index; the record in that slot is part of a block. The digest table maps
+//! a digest to candidate slots.
+//!
+//! Readers take no lock; writers serialize on one that readers never take. A new digest is in its record before it is
+//! in the table, and records are replaced as a whole.
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
@@ -25,7 +27,7 @@ use super::{
 
 const SLOTS_PER_BLOCK: u32 = RECORDS_PER_BLOCK as u32;
 
-/// The keys.
+/// All keys, with the table of their digests.
 #[derive(Default)]
 pub(super) struct KeyTable {
     digest_table: DigestTable,
@@ -34,41 +36,41 @@ pub(super) struct KeyTable {
     writer: Mutex<KeyTableWriter>,
 }
 
-/// What only the one who writes needs.
+/// The state that only writers need.
 #[derive(Default)]
 struct KeyTableWriter {
     occupancy: TableOccupancy,
     interners: BlockInterners,
-    /// Places that keys have left.
+    /// Slots whose keys were evicted.
     free_slots: Vec<KeySlot>,
-    /// The first place that no key ever had.
+    /// The first slot that was never used.
     next_slot: KeySlot,
-    /// Keys that will have the places from `next` on: all of one block. To load keys one by one would make that
-    /// block 64 times.
+    /// Keys for the slots from `next_slot` on, all in one block. Publishing them one by one would
+    /// rebuild that block 64 times.
     staged_keys: Vec<OwnedBlockEntry>,
-    /// A record was replaced or removed, so that lists may hold what no record names.
+    /// A record was replaced or removed, so lists may contain unused values.
     has_stale_lists: bool,
 }
 
 impl KeyTable {
-    /// How many there are.
+    /// The number of keys, including revoked ones.
     pub(super) fn len(&self) -> usize {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// The key with this digest, and which version of its secret that is.
+    /// Finds a key by digest, with the version of the secret that has it.
     pub(super) fn find_by_digest(&self, digest: &TokenDigest) -> Option<(KeyRef, u32)> {
         self.locate(digest).map(|(_, key, version)| (key, version))
     }
 
-    /// Every key, in no order that means anything.
+    /// Iterates over all keys in an unspecified order.
     pub(super) fn iter_keys(&self) -> impl Iterator<Item = KeyRef> {
         let blocks = self.lock_writer().next_slot.div_ceil(SLOTS_PER_BLOCK);
         let blocks = (0..blocks).filter_map(|number| self.blocks.get(number));
         blocks.flat_map(|block| (0..block.len()).filter_map(move |at| KeyRef::from_block(block.clone(), at)))
     }
 
-    /// The record of a key before a change; its newest secret is in the record after it too.
+    /// The current record of a key that changes. The newest secret is in the changed record too.
     pub(super) fn find_previous(&self, after: &ApiKey) -> Option<KeyRef> {
         self.find_slot(after).map(|(_, key)| key)
     }
@@ -77,7 +79,7 @@ impl KeyTable {
         self.digest_table.find(digest, |slot| {
             let block = self.blocks.get(slot / SLOTS_PER_BLOCK)?;
             let key = KeyRef::from_block(block, offset_in_block(slot))?;
-            // Another key's digest may have the same hash, and another key may have come to this place.
+            // Another digest may have the same hash, and another key may have taken this slot.
             let version = key.find_version(digest)?;
             Some((slot, key, version))
         })
@@ -89,128 +91,127 @@ impl KeyTable {
     }
 
     fn lock_writer(&self) -> MutexGuard<'_, KeyTableWriter> {
-        // The data is whole between any two statements that could panic.
+        // The data is consistent between any two statements that could panic.
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a key of a snapshot, with the superseded secrets that left its record. It can be found after
-    /// [`KeyTable::publish`], if not before.
-    pub(super) fn load_key(&self, key: &ApiKey, left: &[KeySecret]) {
+    /// Loads a key of a snapshot, with the superseded secrets that have left its record. It can be found
+    /// after [`KeyTable::publish`] at the latest.
+    pub(super) fn load_key(&self, key: &ApiKey, retired_secrets: &[KeySecret]) {
         let mut writer = self.lock_writer();
         if let Some((slot, before)) = self.find_slot(key) {
             return self.update(&mut writer, slot, &before, key);
         }
-        if let Some(packed) = OwnedBlockEntry::new(key, left, &mut writer.interners) {
-            self.stage(&mut writer, packed);
+        if let Some(entry) = OwnedBlockEntry::new(key, retired_secrets, &mut writer.interners) {
+            self.stage(&mut writer, entry);
         }
     }
 
-    /// Makes room for so many secrets, so that the table does not grow while they come.
+    /// Grows the digest table at once for this number of secrets.
     pub(super) fn reserve(&self, secrets: usize) {
         self.digest_table.reserve(&mut self.lock_writer().occupancy, secrets);
     }
 
-    /// The owner that is kept of all that are equal.
+    /// The stored owner that equals this one.
     pub(super) fn intern_owner(&self, owner: &Arc<KeyOwner>) -> Arc<KeyOwner> {
         self.lock_writer().interners.intern_owner(owner)
     }
 
-    /// The policy that is kept of all that are equal.
+    /// The stored policy that equals this one.
     pub(super) fn intern_policy(&self, policy: &Arc<KeyPolicy>) -> Arc<KeyPolicy> {
         self.lock_writer().interners.intern_policy(policy)
     }
 
-    /// Takes new keys of a snapshot, whose owners and policies are kept ones: at best a whole block. They can be found
-    /// after [`KeyTable::publish`], if not before.
+    /// Loads new keys of a snapshot, whose owners and policies are interned; ideally a full block. They can be found
+    /// after [`KeyTable::publish`] at the latest.
     pub(super) fn load_block(&self, keys: &[Option<BlockEntryRef<'_>>]) {
         let mut writer = self.lock_writer();
         if keys.len() < RECORDS_PER_BLOCK || offset_in_block(writer.next_slot) > 0 {
             return keys.iter().flatten().for_each(|key| self.stage(&mut writer, key.to_owned_entry()));
         }
-        let KeyTableWriter { occupancy: tally, interners: shared, next_slot: next, .. } = &mut *writer;
+        let KeyTableWriter { occupancy, interners, next_slot: next, .. } = &mut *writer;
         let first = *next;
         let block =
-            self.blocks.put(first / SLOTS_PER_BLOCK, KeyBlock::from_entries(keys, keys.len(), shared));
+            self.blocks.put(first / SLOTS_PER_BLOCK, KeyBlock::from_entries(keys, keys.len(), interners));
         *next += SLOTS_PER_BLOCK;
-        (first..*next).for_each(|slot| self.link_digests(tally, &block, slot, KeyRef::digests));
+        (first..*next).for_each(|slot| self.link_digests(occupancy, &block, slot, KeyRef::digests));
         self.count.fetch_add(keys.len(), Ordering::Relaxed);
     }
 
-    /// Makes everything that was loaded to be found.
+    /// Publishes all staged keys, and shrinks the digest table.
     pub(super) fn publish(&self) {
         let mut writer = self.lock_writer();
         self.publish_staged(&mut writer);
         self.digest_table.shrink_to_fit(&mut writer.occupancy);
     }
 
-    /// Takes keys that were created or changed, in this order. Those that are new and stand together are placed together:
-    /// one by one each would make its block again. All of them can be found when this returns.
+    /// Inserts or updates keys in this order. All of them can be found when this returns.
+    ///
+    /// Consecutive new keys are staged together: one by one, each would rebuild its block.
     pub(super) fn upsert<'k>(&self, keys: impl IntoIterator<Item = &'k ApiKey>) {
         let mut writer = self.lock_writer();
         for key in keys {
-            if writer.staged_keys.iter().any(|coming| coming.id() == key.id) {
+            if writer.staged_keys.iter().any(|staged| staged.id() == key.id) {
                 self.publish_staged(&mut writer);
             }
             if let Some((slot, before)) = self.find_slot(key) {
                 self.update(&mut writer, slot, &before, key);
                 continue;
             }
-            let Some(packed) = OwnedBlockEntry::new(key, &[], &mut writer.interners) else { continue };
+            let Some(entry) = OwnedBlockEntry::new(key, &[], &mut writer.interners) else { continue };
             if let Some(slot) = writer.free_slots.pop() {
-                self.replace_record(&mut writer, slot, &packed);
+                self.replace_record(&mut writer, slot, &entry);
                 self.count.fetch_add(1, Ordering::Relaxed);
             } else {
-                self.stage(&mut writer, packed);
+                self.stage(&mut writer, entry);
             }
         }
         self.publish_staged(&mut writer);
     }
 
-    /// Lets a key wait for the others of its block.
-    fn stage(&self, writer: &mut KeyTableWriter, packed: OwnedBlockEntry) {
-        writer.staged_keys.push(packed);
+    /// Stages a key until its block is full.
+    fn stage(&self, writer: &mut KeyTableWriter, entry: OwnedBlockEntry) {
+        writer.staged_keys.push(entry);
         if offset_in_block(writer.next_slot) + writer.staged_keys.len() == RECORDS_PER_BLOCK {
             self.publish_staged(writer);
         }
     }
 
     fn update(&self, writer: &mut KeyTableWriter, slot: KeySlot, before: &KeyRef, key: &ApiKey) {
-        if let Some(packed) = OwnedBlockEntry::from_change(before, key, &mut writer.interners) {
+        if let Some(entry) = OwnedBlockEntry::from_change(before, key, &mut writer.interners) {
             writer.has_stale_lists = true;
-            self.replace_record(writer, slot, &packed);
+            self.replace_record(writer, slot, &entry);
         }
     }
 
-    /// Puts a record where another one is, or was.
-    fn replace_record(&self, writer: &mut KeyTableWriter, slot: KeySlot, packed: &OwnedBlockEntry) {
+    /// Replaces the record in a slot.
+    fn replace_record(&self, writer: &mut KeyTableWriter, slot: KeySlot, entry: &OwnedBlockEntry) {
         if let Some(block) = self.blocks.get(slot / SLOTS_PER_BLOCK) {
-            let block = block.with_replaced(offset_in_block(slot), packed, &mut writer.interners);
+            let block = block.with_replaced(offset_in_block(slot), entry, &mut writer.interners);
             let block = self.blocks.put(slot / SLOTS_PER_BLOCK, block);
-            // Those that left the record are in the table, or were forgotten.
+            // Secrets that have left the record are in the table already, or were evicted.
             self.link_digests(&mut writer.occupancy, &block, slot, KeyRef::recorded_digests);
         }
     }
 
     fn publish_staged(&self, writer: &mut KeyTableWriter) {
-        let KeyTableWriter {
-            occupancy: tally, interners: shared, next_slot: next, staged_keys: coming, ..
-        } = writer;
-        let (first, count) = (*next, coming.len());
+        let KeyTableWriter { occupancy, interners, next_slot: next, staged_keys: staged, .. } = writer;
+        let (first, count) = (*next, staged.len());
         if count == 0 {
             return;
         }
         let block = self.blocks.get(first / SLOTS_PER_BLOCK).unwrap_or_default();
-        let block = self.blocks.put(first / SLOTS_PER_BLOCK, block.with_appended(coming, shared));
-        coming.clear();
+        let block = self.blocks.put(first / SLOTS_PER_BLOCK, block.with_appended(staged, interners));
+        staged.clear();
         *next += count as KeySlot;
-        (first..*next).for_each(|slot| self.link_digests(tally, &block, slot, KeyRef::digests));
+        (first..*next).for_each(|slot| self.link_digests(occupancy, &block, slot, KeyRef::digests));
         self.count.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// Sees that the table leads to a place by digests of the key there. `block` is the one there now.
+    /// Adds the digests of a key to the table unless they lead to it already. `block` is the current one.
     fn link_digests(
         &self,
-        tally: &mut TableOccupancy,
+        occupancy: &mut TableOccupancy,
         block: &Arc<KeyBlock>,
         slot: KeySlot,
         digests: fn(&KeyRef) -> Vec<TokenDigest>,
@@ -218,19 +219,19 @@ impl KeyTable {
         let Some(key) = KeyRef::from_block(block.clone(), offset_in_block(slot)) else { return };
         for digest in digests(&key) {
             if self.locate(&digest).is_none() {
-                self.digest_table.insert(tally, &digest, slot);
+                self.digest_table.insert(occupancy, &digest, slot);
             }
         }
     }
 
-    /// Forgets keys revoked and secrets superseded before `then`, and gives each key that is gone to `gone`. Returns
-    /// how many digests are unknown now.
-    pub(super) fn evict(&self, then: Timestamp, mut gone: impl FnMut(KeyId)) -> usize {
+    /// Evicts keys revoked and secrets superseded before `cutoff`, and calls `on_removed` for each key that leaves.
+    /// Returns how many digests were removed.
+    pub(super) fn evict(&self, cutoff: Timestamp, mut on_removed: impl FnMut(KeyId)) -> usize {
         self.publish();
-        let mut forgotten = 0;
+        let mut removed_digests = 0;
         let blocks = self.lock_writer().next_slot.div_ceil(SLOTS_PER_BLOCK);
         for number in 0..blocks {
-            // Other writers come between two blocks.
+            // The lock is released between blocks for other writers.
             let writer = &mut *self.lock_writer();
             let Some(block) = self.blocks.get(number) else { continue };
             if block.has_no_expirable_entries() {
@@ -241,19 +242,19 @@ impl KeyTable {
                 let Some(key) = KeyRef::from_block(block.clone(), at) else { continue };
                 let slot = number * SLOTS_PER_BLOCK + at as KeySlot;
                 let before = changed.as_ref().unwrap_or(&*block);
-                let (digests, after) = if key.is_revoked_before(then) {
+                let (digests, after) = if key.is_revoked_before(cutoff) {
                     writer.free_slots.push(slot);
                     writer.has_stale_lists = true;
                     self.count.fetch_sub(1, Ordering::Relaxed);
-                    gone(key.id());
+                    on_removed(key.id());
                     (key.digests(), Some(before.with_removed(at, &mut writer.interners)))
                 } else {
-                    let (digests, less) = key.without_superseded(then);
-                    (digests, less.map(|packed| before.with_replaced(at, &packed, &mut writer.interners)))
+                    let (digests, less) = key.without_superseded(cutoff);
+                    (digests, less.map(|entry| before.with_replaced(at, &entry, &mut writer.interners)))
                 };
                 let removed =
                     |digest: &&TokenDigest| self.digest_table.remove(&mut writer.occupancy, digest, slot);
-                forgotten += digests.iter().filter(removed).count();
+                removed_digests += digests.iter().filter(removed).count();
                 changed = after.or(changed);
             }
             if let Some(block) = changed {
@@ -261,11 +262,11 @@ impl KeyTable {
             }
         }
         self.compact_lists();
-        forgotten
+        removed_digests
     }
 
-    /// Frees what only lists keep: a common list is made of what records name, and each block that has more in its lists
-    /// gets other ones.
+    /// Drops values that only lists refer to: shrinks the common list to what records use, and rebuilds each
+    /// block whose lists contain more.
     fn compact_lists(&self) {
         let (blocks, stale) = {
             let writer = &mut *self.lock_writer();
@@ -279,7 +280,8 @@ impl KeyTable {
             self.lock_writer().interners.retain_marked(&marks);
         }
         for number in (0..blocks).filter(|_| stale) {
-            // Other writers come between two blocks; what they named meanwhile goes into lists of their blocks.
+            // The lock is released between blocks for other writers; values that they add go into
+            // lists of their own blocks.
             let writer = &mut *self.lock_writer();
             if let Some(block) = self.blocks.get(number).filter(|block| !block.is_compact(&writer.interners))
             {
@@ -290,7 +292,7 @@ impl KeyTable {
     }
 }
 
-/// Where in its block a place is.
+/// The offset of a slot in its block.
 fn offset_in_block(slot: KeySlot) -> usize {
     (slot % SLOTS_PER_BLOCK) as usize
 }

@@ -1,4 +1,4 @@
-//! How many bytes of memory the index takes, counted as the allocator is asked for them.
+//! Measures the memory of the index in bytes that are requested from the allocator.
 
 #![expect(unsafe_code, reason = "an allocator is unsafe to write; this one only counts")]
 
@@ -31,32 +31,32 @@ struct CountingAllocator;
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
 
-/// A thread that ends is not counted any more.
+/// Ignores threads whose thread-locals are already destroyed.
 fn count(bytes: isize) {
     let _ = LIVE.try_with(|live| live.set(live.get() + bytes));
 }
 
-// SAFETY: what the system's allocator gives and takes is passed on as it is.
+// SAFETY: every call is forwarded to the system allocator unchanged.
 unsafe impl GlobalAlloc for CountingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size().cast_signed());
-        // SAFETY: the caller's promise is the same.
+        // SAFETY: the caller upholds the same contract.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
         count(-layout.size().cast_signed());
-        // SAFETY: the caller's promise is the same.
+        // SAFETY: the caller upholds the same contract.
         unsafe { System.dealloc(memory, layout) }
     }
 }
 
-/// What this thread has allocated and not freed.
+/// The bytes that this thread has allocated and not freed.
 fn live() -> usize {
     LIVE.with(Cell::get).try_into().unwrap()
 }
 
-/// As large as a key may be, and in all of it like no other.
+/// A key of the largest permitted size that shares no value with another.
 fn largest(number: u32) -> ApiKey {
     let text = |length: usize| format!("{number:0length$}");
     let mut random = [0; 10];
@@ -64,18 +64,18 @@ fn largest(number: u32) -> ApiKey {
     let mut key = sample_key();
     key.id = KeyId::generate(at_seconds(0), random);
     key.secrets[0].digest = TokenDigest::from_token(&number.to_string());
-    let terms = &mut key.spec;
-    terms.name = Some(KeyName::parse(&text(255)).unwrap());
-    terms.scopes =
+    let spec = &mut key.spec;
+    spec.name = Some(KeyName::parse(&text(255)).unwrap());
+    spec.scopes =
         (0..32).map(|at| Scope::parse_grant(&format!("s{at}:{}", text(100))).unwrap()).collect::<ScopeSet>();
-    terms.roles = vec![RoleName::parse(&text(64)).unwrap(); 16];
-    terms.customers = (0..16).map(|at| CustomerId::parse(&format!("{at}{}", text(100))).unwrap()).collect();
-    terms.allowed_cidrs = vec!["2001:db8::/32".parse().unwrap(); 16];
+    spec.roles = vec![RoleName::parse(&text(64)).unwrap(); 16];
+    spec.customers = (0..16).map(|at| CustomerId::parse(&format!("{at}{}", text(100))).unwrap()).collect();
+    spec.allowed_cidrs = vec!["2001:db8::/32".parse().unwrap(); 16];
     let limit = |name| RateLimit { name, limit: number.into(), window: std::time::Duration::from_secs(1) };
-    terms.rate_limits = (0..8).map(|_| limit(text(64))).collect();
-    terms.quota = Some(Quota { limit: number.into(), period: QuotaPeriod::Total });
-    terms.expires_at = Some(at_seconds(number.into()));
-    terms.metadata = BTreeMap::from([("note".to_owned(), text(4000))]);
+    spec.rate_limits = (0..8).map(|_| limit(text(64))).collect();
+    spec.quota = Some(Quota { limit: number.into(), period: QuotaPeriod::Total });
+    spec.expires_at = Some(at_seconds(number.into()));
+    spec.metadata = BTreeMap::from([("note".to_owned(), text(4000))]);
     key.disabled_at = Some(at_seconds(1));
     key
 }
@@ -91,14 +91,14 @@ fn revoked(key: &ApiKey) -> ApiKey {
 const KEYS: u32 = 2048;
 const LIMIT: usize = 200;
 
-/// How many bytes a key takes in an index that `fill` has filled with [`KEYS`] of them.
+/// The bytes per key in an index that `fill` has filled with [`KEYS`] keys.
 fn bytes_per_key(fill: impl FnOnce(&Index)) -> usize {
     let empty = live();
     let index = Index::default();
     let before = live();
     fill(&index);
     assert_eq!(index.len(), KEYS as usize);
-    // Deferred reclamation keeps nothing of it: nobody reads meanwhile.
+    // Deferred reclamation holds nothing back: there are no concurrent readers.
     let bytes = (live() - before) / KEYS as usize;
     drop(index);
     assert!(live() - empty < 1024 * 1024, "what is dropped is free again");
@@ -107,24 +107,24 @@ fn bytes_per_key(fill: impl FnOnce(&Index)) -> usize {
 
 #[test]
 fn a_revoked_key_takes_at_most_200_bytes_whatever_it_granted() {
-    let lived = bytes_per_key(|index| {
+    let revoked_here = bytes_per_key(|index| {
         for number in 0..KEYS {
             let key = largest(number);
             index.upsert_keys(std::iter::once(&key));
-            // Its limits were used, and what is used of them is forgotten too.
+            // Its limits are used, so that their state must be dropped too.
             let found = index.find_by_digest(&key.secrets[0].digest).unwrap();
-            let take = Consumption { cost: 1, dedup_id: None, dry_run: false };
-            found.limit_state.unwrap().consume(&found.key, take, false, at_seconds(1)).unwrap();
+            let consumption = Consumption { cost: 1, dedup_id: None, dry_run: false };
+            found.limit_state.unwrap().consume(&found.key, consumption, false, at_seconds(1)).unwrap();
         }
         let alive = live();
         for number in 0..KEYS {
             index.upsert_keys(std::iter::once(&revoked(&largest(number))));
         }
-        // Policies that no key has any more leave with the hourly sweep.
+        // The hourly eviction removes policies that no key has any more.
         index.evict(at_seconds(0));
         assert!(alive > live());
     });
-    assert!(lived <= LIMIT, "{lived} bytes of a key that was revoked here");
+    assert!(revoked_here <= LIMIT, "{revoked_here} bytes of a key that was revoked here");
     let loaded = bytes_per_key(|index| {
         for number in 0..KEYS {
             index.load_record(SnapshotRecord::Key(Arc::new(revoked(&largest(number))), vec![]));

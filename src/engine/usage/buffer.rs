@@ -1,9 +1,11 @@
-//! What was noted of Checks, in memory: first as it comes, on a pad of the thread that it comes from; then by key, on
-//! shelves; then in the line of what is written next. Writing it to the store is not done here.
+//! Buffers usage events in memory until they are written.
 //!
-//! A Check only appends to its own thread's pad, which no other core touches but to read it; a full pad is put on the
-//! shelves as a whole. Many keys are found faster in one go than one each time: their misses overlap. The line is in the
-//! order of keys, since the store's pages are: what is written together then shares them.
+//! Events are appended to a per-thread buffer, merged into sharded per-key maps, then sorted into the flush queue.
+//! Writing to the store is in `usage.rs`.
+//!
+//! A Check only appends to the buffer of the current thread, which no other core writes to. A full buffer is merged at
+//! once: looking up many keys at once overlaps their cache misses. The flush queue is sorted by key, as the pages of
+//! the store are, so that keys written together share pages.
 
 use std::{
     collections::HashMap,
@@ -11,70 +13,59 @@ use std::{
 };
 
 use crate::{
-    domain::{name::KeyId, policy_decision::Reason, time::Timestamp},
+    domain::{name::KeyId, time::Timestamp},
     metrics_core::PerThread,
 };
+
+pub use super::event::UsageEvent;
 
 use super::key_usage::KeyUsage;
 
 const KEY_SHARDS: usize = 16;
-/// How many keys may be on the shelves: about 130 MB of them. There may be as many in the line, in 84 MB.
+/// The maximum number of keys in the shards, about 130 MB. The flush queue may hold as many, in 84 MB.
 pub const MAX_BUFFERED_KEYS: usize = 1 << 21;
-/// Notes on a full pad: 8 KB of them, some ten microseconds' work.
+/// The length of a full thread buffer: 8 KB, some ten microseconds of work.
 const THREAD_BUFFER_EVENTS: usize = 256;
-/// Keys that are written together: a write must not hold up others for long.
+/// How many keys are written at once; a longer write would delay others.
 const WRITE_BATCH_KEYS: usize = 500;
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One Check of a key that was found.
-#[derive(Clone, Copy, Debug)]
-pub struct UsageEvent {
-    /// The key.
-    pub key_id: KeyId,
-    /// When.
-    pub at: Timestamp,
-    /// Which version of its secret was shown.
-    pub secret_version: u32,
-    /// What was answered.
-    pub reason: Reason,
-}
-
 type UsageByKey = HashMap<KeyId, KeyUsage, foldhash::fast::RandomState>;
 
-/// Keys in order, each once. They are written from the end, so that what is written takes no memory any more.
+/// Keys in order, each once. Batches are taken from the end, so that written ones free their memory.
 #[derive(Default)]
 struct FlushQueue(Vec<(KeyId, KeyUsage)>);
 
 impl FlushQueue {
-    fn merge(&mut self, mut more: Vec<(KeyId, KeyUsage)>) {
-        // What could not be written comes before what was noted since.
+    fn merge(&mut self, mut added: Vec<(KeyId, KeyUsage)>) {
+        // Batches that could not be written are older than the new entries.
         if self.0.is_empty() {
-            self.0 = more
+            self.0 = added
         } else {
-            self.0.append(&mut more)
+            self.0.append(&mut added)
         }
         self.0.sort_by_key(|(key, _)| *key);
-        self.0.dedup_by(|(key, later), (of, known)| {
+        self.0.dedup_by(|(key, later), (of, earlier)| {
             let same = key == of;
             if same {
-                known.merge(std::mem::take(later));
+                earlier.merge(std::mem::take(later));
             }
             same
         });
     }
 
-    /// What is to be written next.
+    /// The keys to be written next.
     fn next_batch(&self) -> &[(KeyId, KeyUsage)] {
         &self.0[self.0.len().saturating_sub(WRITE_BATCH_KEYS)..]
     }
 
     fn remove_batch(&mut self) {
-        let left = self.0.len().saturating_sub(WRITE_BATCH_KEYS);
-        self.0.truncate(left);
-        if left < self.0.capacity() / 2 {
+        let remaining = self.0.len().saturating_sub(WRITE_BATCH_KEYS);
+        self.0.truncate(remaining);
+        if remaining < self.0.capacity() / 2 {
             self.0.shrink_to_fit();
         }
     }
@@ -85,79 +76,79 @@ impl FlushQueue {
     }
 }
 
-/// Everything that was noted and is not written. Whoever takes two of its locks takes them in the order of the fields.
+/// Every event that is not written yet. Locks are taken in the order of the fields.
 #[derive(Default)]
 pub(super) struct UsageBuffer {
     thread_buffers: PerThread<Mutex<Vec<UsageEvent>>>,
     flush_queue: Mutex<FlushQueue>,
-    /// Checks wait for these locks, so nobody has one for long.
+    /// Checks wait for these locks, so they are held only briefly.
     shards: [Mutex<UsageByKey>; KEY_SHARDS],
 }
 
 impl UsageBuffer {
-    /// Notes a Check. Tells how many could not be noted, since too many keys wait.
-    pub(super) fn push(&self, note: UsageEvent) -> u64 {
-        let mut pad = lock(self.thread_buffers.local());
-        pad.push(note);
-        if pad.len() < THREAD_BUFFER_EVENTS { 0 } else { self.merge_into_shards(&mut pad) }
+    /// Adds an event. Returns how many events were dropped because too many keys are buffered.
+    pub(super) fn push(&self, event: UsageEvent) -> u64 {
+        let mut buffer = lock(self.thread_buffers.local());
+        buffer.push(event);
+        if buffer.len() < THREAD_BUFFER_EVENTS { 0 } else { self.merge_into_shards(&mut buffer) }
     }
 
-    /// Puts everything on the shelves that stands on pads. The same is told as by `note`.
+    /// Merges all thread buffers into the shards. Returns how many events were dropped.
     pub(super) fn merge_thread_buffers(&self) -> u64 {
-        self.thread_buffers.iter().map(|pad| self.merge_into_shards(&mut lock(pad))).sum()
+        self.thread_buffers.iter().map(|buffer| self.merge_into_shards(&mut lock(buffer))).sum()
     }
 
-    /// Puts everything in the line that is on the shelves.
+    /// Moves all shards into the flush queue.
     pub(super) fn enqueue(&self) {
-        let mut line = lock(&self.flush_queue);
+        let mut queue = lock(&self.flush_queue);
         let mut all = Vec::with_capacity(self.sharded_keys());
-        for shelf in &self.shards {
-            let mut shelf = lock(shelf);
-            // As many keys will come again, and a table that grows holds up whoever makes it grow.
-            let room = UsageByKey::with_capacity_and_hasher(shelf.len(), Default::default());
-            let taken = std::mem::replace(&mut *shelf, room);
-            drop(shelf);
-            all.extend(taken);
+        for shard in &self.shards {
+            let mut shard = lock(shard);
+            // About as many keys will follow, and growing the map would delay a Check.
+            let empty = UsageByKey::with_capacity_and_hasher(shard.len(), Default::default());
+            let entries = std::mem::replace(&mut *shard, empty);
+            drop(shard);
+            all.extend(entries);
         }
-        line.merge(all);
+        queue.merge(all);
     }
 
-    /// What is to be written next, as `of` makes it. None = nothing is in the line.
+    /// Converts the next batch with `convert`. Returns `None` if the queue is empty.
     pub(super) fn next_batch<T>(&self, of: impl FnOnce(&[(KeyId, KeyUsage)]) -> T) -> Option<T> {
-        let line = lock(&self.flush_queue);
-        let next = line.next_batch();
+        let queue = lock(&self.flush_queue);
+        let next = queue.next_batch();
         (!next.is_empty()).then(|| of(next))
     }
 
-    /// What was next is written.
+    /// Removes the batch that was written.
     pub(super) fn remove_batch(&self) {
         lock(&self.flush_queue).remove_batch();
     }
 
-    /// How many keys wait. One that is used while it is written counts twice.
+    /// The number of buffered keys. A key that is used while it is being written counts twice.
     pub(super) fn pending_keys(&self) -> usize {
         lock(&self.flush_queue).0.len() + self.sharded_keys()
     }
 
-    /// How many keys are on the shelves.
+    /// The number of keys in the shards.
     pub(super) fn sharded_keys(&self) -> usize {
-        self.shards.iter().map(|shelf| lock(shelf).len()).sum()
+        self.shards.iter().map(|shard| lock(shard).len()).sum()
     }
 
-    /// The latest use of a secret that is known here.
+    /// The latest buffered use of a secret.
     pub(super) fn last_use(&self, key: KeyId, version: u32) -> Option<Timestamp> {
-        let line = lock(&self.flush_queue);
-        let shelf = lock(self.shard(key));
-        let known = [shelf.get(&key), line.get(key)].into_iter().flatten();
-        known.flat_map(KeyUsage::secret_uses).filter(|(of, _)| *of == version).map(|(_, at)| at).max()
+        let queue = lock(&self.flush_queue);
+        let shard = lock(self.shard(key));
+        let buffered = [shard.get(&key), queue.get(key)].into_iter().flatten();
+        buffered.flat_map(KeyUsage::secret_uses).filter(|(of, _)| *of == version).map(|(_, at)| at).max()
     }
 
-    /// A pad is locked until its notes are on the shelves: they are in one place or in the other for whoever looks.
-    fn merge_into_shards(&self, pad: &mut Vec<UsageEvent>) -> u64 {
+    /// The buffer stays locked until its events are in the shards, so that readers find each event in one of both.
+    fn merge_into_shards(&self, buffer: &mut Vec<UsageEvent>) -> u64 {
         let mut dropped = 0;
-        for note in pad.drain(..) {
-            match usage_entry(&mut lock(self.shard(note.key_id)), note.key_id) {
-                Some(trace) => trace.record(&note),
+        for event in buffer.drain(..) {
+            match usage_entry(&mut lock(self.shard(event.key_id)), event.key_id) {
+                Some(usage) => usage.record(&event),
                 None => dropped += 1,
             }
         }
@@ -170,17 +161,18 @@ impl UsageBuffer {
     }
 }
 
-/// The trace of a key. None = too many keys wait.
-fn usage_entry(shelf: &mut UsageByKey, key: KeyId) -> Option<&mut KeyUsage> {
-    if shelf.len() >= MAX_BUFFERED_KEYS / KEY_SHARDS && !shelf.contains_key(&key) {
+/// The entry of a key; `None` if too many keys are buffered.
+fn usage_entry(shard: &mut UsageByKey, key: KeyId) -> Option<&mut KeyUsage> {
+    if shard.len() >= MAX_BUFFERED_KEYS / KEY_SHARDS && !shard.contains_key(&key) {
         return None;
     }
-    Some(shelf.entry(key).or_default())
+    Some(shard.entry(key).or_default())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::policy_decision::Reason;
 
     fn at(micros: i64) -> Timestamp {
         Timestamp::from_micros(micros)
@@ -192,18 +184,24 @@ mod tests {
         KeyId::generate(at(0), std::array::from_fn(|byte| mixed[byte % 8]))
     }
 
-    fn note(notes: &UsageBuffer, number: u64, micros: i64) {
-        notes.push(UsageEvent { key_id: key(number), at: at(micros), secret_version: 1, reason: Reason::Ok });
+    fn record(buffer: &UsageBuffer, number: u64, micros: i64) {
+        buffer.push(UsageEvent {
+            key_id: key(number),
+            at: at(micros),
+            secret_version: 1,
+            reason: Reason::Ok,
+        });
     }
 
-    /// Writes everything; gives the keys, those first that were written last.
-    fn flush_all(notes: &UsageBuffer) -> Vec<KeyId> {
+    /// Writes everything. Returns the keys in ascending order, the reverse of the batches.
+    fn flush_all(buffer: &UsageBuffer) -> Vec<KeyId> {
         let mut all = std::collections::VecDeque::new();
-        while let Some(keys) = notes.next_batch(|chunk| chunk.iter().map(|(key, _)| *key).collect::<Vec<_>>())
+        while let Some(keys) =
+            buffer.next_batch(|chunk| chunk.iter().map(|(key, _)| *key).collect::<Vec<_>>())
         {
             assert!(keys.len() <= WRITE_BATCH_KEYS);
             keys.into_iter().rev().for_each(|key| all.push_front(key));
-            notes.remove_batch();
+            buffer.remove_batch();
         }
         all.into()
     }
@@ -211,31 +209,31 @@ mod tests {
     #[test]
     fn keys_are_written_in_order_from_the_end_and_once_whatever_was_left_of_the_line() {
         const KEYS: u64 = 3 * WRITE_BATCH_KEYS as u64 + 7;
-        let notes = UsageBuffer::default();
+        let buffer = UsageBuffer::default();
         for round in 1..4 {
-            (0..KEYS).for_each(|number| note(&notes, number, round));
-            notes.merge_thread_buffers();
-            assert_eq!(notes.last_use(key(8), 1), Some(at(round)));
-            notes.enqueue();
-            assert_eq!(notes.last_use(key(8), 1), Some(at(round)));
+            (0..KEYS).for_each(|number| record(&buffer, number, round));
+            buffer.merge_thread_buffers();
+            assert_eq!(buffer.last_use(key(8), 1), Some(at(round)));
+            buffer.enqueue();
+            assert_eq!(buffer.last_use(key(8), 1), Some(at(round)));
         }
-        let written = flush_all(&notes);
+        let written = flush_all(&buffer);
         assert_eq!(written.len() as u64, KEYS);
         assert!(written.is_sorted());
-        assert_eq!((notes.pending_keys(), notes.last_use(key(8), 1)), (0, None));
+        assert_eq!((buffer.pending_keys(), buffer.last_use(key(8), 1)), (0, None));
     }
 
     #[test]
     fn what_was_used_while_it_was_written_is_written_again() {
-        let notes = UsageBuffer::default();
-        note(&notes, 1, 5);
-        notes.merge_thread_buffers();
-        notes.enqueue();
-        note(&notes, 1, 9);
-        notes.merge_thread_buffers();
-        assert_eq!(notes.last_use(key(1), 1), Some(at(9)));
-        assert_eq!(flush_all(&notes), [key(1)]);
-        notes.enqueue();
-        assert_eq!(flush_all(&notes), [key(1)]);
+        let buffer = UsageBuffer::default();
+        record(&buffer, 1, 5);
+        buffer.merge_thread_buffers();
+        buffer.enqueue();
+        record(&buffer, 1, 9);
+        buffer.merge_thread_buffers();
+        assert_eq!(buffer.last_use(key(1), 1), Some(at(9)));
+        assert_eq!(flush_all(&buffer), [key(1)]);
+        buffer.enqueue();
+        assert_eq!(flush_all(&buffer), [key(1)]);
     }
 }

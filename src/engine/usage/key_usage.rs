@@ -1,27 +1,31 @@
-//! What one key's Checks have left. Where and for how long it is kept is `notes.rs`'s.
+//! Accumulates the usage of one key until it is written.
+//!
+//! How long it is kept, and where, is decided in `buffer.rs`.
 
 use crate::{
     domain::{policy_decision::Reason, time::Timestamp},
     store::UsageHour,
 };
 
-use super::buffer::UsageEvent;
+use super::event::UsageEvent;
 
-/// What one key's Checks have left. Most keys have one secret in use and one answer in an hour: these stand here, in 24
-/// bytes, and others apart, since there may be a million of them.
+/// The usage of one key since the last flush.
+///
+/// Most keys use one secret and have one outcome within an hour: that fits the 24 bytes of this struct. The rest is
+/// boxed, since there may be a million of them.
 #[derive(Clone, Debug)]
 pub(super) struct KeyUsage {
-    /// The latest of the Checks that are counted here, and a use of the secret's version, if there is one.
+    /// The latest of the Checks in `count`; also the latest use of `secret_version`.
     last_at: Timestamp,
     extra: Option<Box<ExtraUsage>>,
-    /// How many Checks in that hour had the reason.
+    /// The number of Checks in that hour with that reason.
     count: u32,
-    /// Versions count from 1: 0 = no secret was used. One that has no room here stands apart.
+    /// Versions start at 1; 0: no secret was used. A larger version is in `extra`.
     secret_version: u16,
     reason: Reason,
 }
 
-/// What else they have left.
+/// The usage that does not fit [`KeyUsage`].
 #[derive(Clone, Debug, Default)]
 struct ExtraUsage {
     secret_uses: Vec<(u32, Timestamp)>,
@@ -41,23 +45,23 @@ impl Default for KeyUsage {
 }
 
 impl KeyUsage {
-    pub(super) fn record(&mut self, note: &UsageEvent) {
-        let version = if note.reason == Reason::Ok { note.secret_version } else { 0 };
-        self.add_inline(note.at, note.reason, version, 1);
+    pub(super) fn record(&mut self, event: &UsageEvent) {
+        let version = if event.reason == Reason::Ok { event.secret_version } else { 0 };
+        self.add_inline(event.at, event.reason, version, 1);
     }
 
-    /// Adds what came later.
+    /// Adds later usage of the same key.
     pub(super) fn merge(&mut self, later: KeyUsage) {
-        let KeyUsage { last_at: at, extra: more, count: counted, secret_version: version, reason } = later;
-        if counted > 0 {
-            self.add_inline(at, reason, version.into(), counted);
+        let KeyUsage { last_at: at, extra, count, secret_version: version, reason } = later;
+        if count > 0 {
+            self.add_inline(at, reason, version.into(), count);
         }
-        let Some(more) = more else { return };
-        more.secret_uses.iter().for_each(|(version, at)| self.add_extra_use(*version, *at));
-        more.counts.iter().for_each(|(hour, reason, count)| self.add_extra_count(*hour, *reason, *count));
+        let Some(extra) = extra else { return };
+        extra.secret_uses.iter().for_each(|(version, at)| self.add_extra_use(*version, *at));
+        extra.counts.iter().for_each(|(hour, reason, count)| self.add_extra_count(*hour, *reason, *count));
     }
 
-    /// Adds Checks of one hour and one answer, the latest of them at `at`: here, if they are like those that are.
+    /// Adds Checks of one hour and reason, the latest of them at `at`: inline if they match, otherwise to `extra`.
     fn add_inline(&mut self, at: Timestamp, reason: Reason, version: u32, count: u32) {
         let short = u16::try_from(version);
         if self.count == 0
@@ -70,9 +74,9 @@ impl KeyUsage {
             (self.reason, UsageHour::from_timestamp(self.last_at)) == (reason, UsageHour::from_timestamp(at));
         if alike
             && short == Ok(self.secret_version)
-            && let Some(counted) = self.count.checked_add(count)
+            && let Some(total) = self.count.checked_add(count)
         {
-            (self.last_at, self.count) = (self.last_at.max(at), counted);
+            (self.last_at, self.count) = (self.last_at.max(at), total);
             return;
         }
         self.add_extra_count(UsageHour::from_timestamp(at), reason, count.into());
@@ -93,28 +97,28 @@ impl KeyUsage {
         }
     }
 
-    fn add_extra_count(&mut self, hour: UsageHour, reason: Reason, more: u64) {
+    fn add_extra_count(&mut self, hour: UsageHour, reason: Reason, added: u64) {
         let counts = &mut self.extra_mut().counts;
         match counts.iter_mut().find(|(of, why, _)| (*of, *why) == (hour, reason)) {
-            Some((_, _, count)) => *count += more,
-            None => counts.push((hour, reason, more)),
+            Some((_, _, count)) => *count += added,
+            None => counts.push((hour, reason, added)),
         }
     }
 
-    /// The versions of secrets, each with its latest use; one may come twice.
+    /// The versions of used secrets with their latest use. A version may occur twice.
     pub(super) fn secret_uses(&self) -> impl Iterator<Item = (u32, Timestamp)> {
         let here = (self.secret_version > 0).then_some((self.secret_version.into(), self.last_at));
-        here.into_iter().chain(self.extra.iter().flat_map(|more| more.secret_uses.iter().copied()))
+        here.into_iter().chain(self.extra.iter().flat_map(|extra| extra.secret_uses.iter().copied()))
     }
 
-    /// The answers, by hour and reason; a pair may come twice, and both count.
+    /// The number of Checks by hour and reason. A pair may occur twice; both counts apply.
     pub(super) fn counts(&self) -> impl Iterator<Item = (UsageHour, Reason, u64)> {
         let here = (self.count > 0).then_some((
             UsageHour::from_timestamp(self.last_at),
             self.reason,
             self.count.into(),
         ));
-        here.into_iter().chain(self.extra.iter().flat_map(|more| more.counts.iter().copied()))
+        here.into_iter().chain(self.extra.iter().flat_map(|extra| extra.counts.iter().copied()))
     }
 }
 
@@ -129,7 +133,7 @@ mod tests {
 
     const HOUR: i64 = 3_600_000_000;
 
-    fn note() -> impl Strategy<Value = UsageEvent> {
+    fn event() -> impl Strategy<Value = UsageEvent> {
         let reason =
             prop_oneof![4 => Just(Reason::Ok), 1 => Just(Reason::Revoked), 1 => Just(Reason::Expired)];
         let version = prop_oneof![4 => 1..3u32, 1 => Just(70_000)];
@@ -147,33 +151,33 @@ mod tests {
         used: impl Iterator<Item = (u32, Timestamp)>,
         counts: impl Iterator<Item = (UsageHour, Reason, u64)>,
     ) -> UsageTotals {
-        let mut told = UsageTotals::default();
+        let mut totals = UsageTotals::default();
         for (version, at) in used {
-            let last = told.0.entry(version).or_insert(at);
+            let last = totals.0.entry(version).or_insert(at);
             *last = at.max(*last);
         }
-        counts.for_each(|(hour, reason, count)| *told.1.entry((hour, reason as u8)).or_default() += count);
-        told
+        counts.for_each(|(hour, reason, count)| *totals.1.entry((hour, reason as u8)).or_default() += count);
+        totals
     }
 
     proptest! {
         #[test]
         fn a_trace_tells_every_check_wherever_notes_of_it_were_put_together(
-            notes in prop::collection::vec(note(), 0..20), cut in 0..20usize,
+            events in prop::collection::vec(event(), 0..20), cut in 0..20usize,
         ) {
-            let (one, other) = notes.split_at(cut.min(notes.len()));
-            let [mut trace, later] = [one, other].map(|notes| {
-                let mut trace = KeyUsage::default();
-                notes.iter().for_each(|note| trace.record(note));
-                trace
+            let (one, other) = events.split_at(cut.min(events.len()));
+            let [mut usage, later] = [one, other].map(|events| {
+                let mut usage = KeyUsage::default();
+                events.iter().for_each(|event| usage.record(event));
+                usage
             });
-            trace.merge(later);
-            let allowed = notes.iter().filter(|note| note.reason == Reason::Ok);
-            let noted = usage_totals(
-                allowed.map(|note| (note.secret_version, note.at)),
-                notes.iter().map(|note| (UsageHour::from_timestamp(note.at), note.reason, 1)),
+            usage.merge(later);
+            let allowed = events.iter().filter(|event| event.reason == Reason::Ok);
+            let expected = usage_totals(
+                allowed.map(|event| (event.secret_version, event.at)),
+                events.iter().map(|event| (UsageHour::from_timestamp(event.at), event.reason, 1)),
             );
-            prop_assert_eq!(usage_totals(trace.secret_uses(), trace.counts()), noted);
+            prop_assert_eq!(usage_totals(usage.secret_uses(), usage.counts()), expected);
         }
     }
 

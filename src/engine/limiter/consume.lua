@@ -1,17 +1,18 @@
--- Takes from all rate limits of a key, or, if any refuses, from none: the GCRA of domain/limit.rs to the same unit.
+-- Consumes from all rate limits of a key, or from none if any refuses. Computes the GCRA of domain/limit.rs to the
+-- same unit.
 --
--- KEYS: one for each limit; then, if the request has a number, one for that.
--- ARGV: now in microseconds ('' = this server's clock), cost, '1' to take nothing, for each limit units and window
---       in microseconds.
--- Gives: 1 if the number is known already, then, for each limit, what is taken of it before this request: whole
---       units, and the part of one more in microseconds of the window.
+-- KEYS: one per limit; then one for the request's ID, if it has one.
+-- ARGV: the time in microseconds ('' = this server's clock), the cost, '1' to consume nothing; then, per limit, its
+--       units and its window in microseconds.
+-- Returns: 1 if the ID was seen before; then, per limit, the units in use before this request: whole units, and the
+--       fraction of one more in microseconds of the window.
 --
--- Numbers are doubles here, exact up to 2^53. So what is taken is kept in two, and no product below is larger:
+-- Numbers are doubles, exact up to 2^53. So the units in use are kept in two parts, and no product exceeds that:
 -- a window is at most 2^37 microseconds, a limit at most 2^30 units.
 
 local SHARE = 32768
 local REMEMBERED_MS = 2000
--- How much longer than needed a level is kept.
+-- How much longer than necessary a state is kept.
 local SPARE_MS = 60000
 
 local now = tonumber(ARGV[1])
@@ -38,7 +39,7 @@ local function divide(a, b)
     return quotient, rest
 end
 
--- What comes back in a time shorter than the window.
+-- The units that come back in a time that is shorter than the window.
 local function regained(time, units, window)
     local high = math.floor(units / SHARE)
     local whole, part = divide(time * high, window)
@@ -67,7 +68,7 @@ for i = 1, count do
                 whole, part = 0, 0
             end
         else
-            -- The clock was set back: everything is there again at the same instant, a window from now at the latest.
+            -- The clock was set back: the limit is full again at the same instant as before, after one window at most.
             local back, piece = units, 0
             if -time < window then
                 back, piece = regained(-time, units, window)

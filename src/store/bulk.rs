@@ -5,7 +5,7 @@ use async_trait::async_trait;
 
 use crate::domain::{key::ApiKey, log::LogEntry, name::KeyId, time::Revision};
 
-use super::StoreError;
+use super::error::StoreError;
 
 /// Reads pages of the log, and the keys that it is about. Memory is bounded whatever the size of the tables.
 #[async_trait]

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use async_trait::async_trait;
 use tokio::time::Instant;
 
-use super::StoreError;
+use super::error::StoreError;
 use crate::domain::{
     lease::{LeaseDuration, RenewalReply, RenewalRequest, ReplicaId, ReplicaListing},
     log::{ChainHash, LogEntry},

@@ -143,7 +143,7 @@ pub(super) fn decode_key_row(row: &impl RowColumns) -> Result<(KeyRow<'_>, i64),
 /// A key without its secrets, once the row's checksum has been found right.
 fn decode_key(row: &impl RowColumns, alike: &mut KeyParseCache) -> Result<ApiKey, StoreError> {
     let (key, sum) = decode_key_row(row)?;
-    Ok(key.verify_checksum(sum)?.to_loaded_key(alike, (&[], &[]))?.to_key())
+    Ok(alike.load_key(&key.verify_checksum(sum)?, (&[], &[]))?.to_key())
 }
 
 fn read_key_columns(row: &impl RowColumns) -> ColumnResult<KeyRow<'_>> {
@@ -251,7 +251,7 @@ pub(super) fn whole_key(
     secrets: Vec<KeySecret>,
     alike: &mut KeyParseCache,
 ) -> Result<ApiKey, StoreError> {
-    with_secrets(row.to_loaded_key(alike, (&[], &[]))?.to_key(), secrets)
+    with_secrets(alike.load_key(&row, (&[], &[]))?.to_key(), secrets)
 }
 
 /// A key with all its secrets, the newest first.

@@ -1,20 +1,18 @@
 //! Records as rows: the columns that both backends share, how they are written, read and summed.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt};
+use std::{borrow::Cow, fmt};
 
 use crate::domain::{
     account::{Account, AccountMember, Role},
-    key::{ApiKey, KeySecret, KeySpec, Revocation, RevokeReason},
-    log::{GENESIS_HASH, LogEntry, RecordChange},
-    log_payload::{self, ChangeOrigin},
-    name::{AccountId, DisplayName, KeyId, KeyName, NameError, RoleName, UserId},
+    key::{ApiKey, KeySecret, KeySpec, RevokeReason},
+    name::{AccountId, DisplayName, KeyId, NameError, RoleName, UserId},
     scope::{Scope, ScopeSet},
     text,
     time::{Revision, Timestamp},
     token::{HexBytes, TokenDigest},
 };
 
-use super::{LogHead, StoreError, WriteRequest, parse_cache::KeyParseCache, snapshot_loader::LoadedKey};
+use super::error::StoreError;
 
 /// A row that contradicts itself: which, and how.
 pub(super) fn damaged_error(what: impl fmt::Display, problem: impl fmt::Display) -> StoreError {
@@ -235,89 +233,10 @@ impl<'r> KeyRow<'r> {
             ..self
         }
     }
-
-    /// The key with these secrets.
-    pub(super) fn to_loaded_key<'a>(
-        &'a self,
-        alike: &'a mut KeyParseCache,
-        secrets: (&'a [KeySecret], &'a [KeySecret]),
-    ) -> Result<LoadedKey<'a>, StoreError> {
-        let id = KeyId::from_bytes(self.id);
-        self.parse_columns(id, alike, secrets)
-            .map_err(|problem| damaged_error(format_args!("key {id}"), problem))
-    }
-
-    fn parse_columns<'a>(
-        &'a self,
-        id: KeyId,
-        alike: &'a mut KeyParseCache,
-        (secrets, left): (&'a [KeySecret], &'a [KeySecret]),
-    ) -> Result<LoadedKey<'a>, String> {
-        let (owner, policy) = alike.get_or_parse(self)?;
-        let revocation = match (self.revoked_at, self.revoke_reason.as_deref()) {
-            (Some(at), Some(reason)) => Some(Revocation {
-                at: Timestamp::from_micros(at),
-                reason: parse_json(&format!("\"{reason}\""))?,
-                comment: self.revoke_comment.as_deref().unwrap_or_default().to_owned(),
-            }),
-            (None, None) => None,
-            _ => return Err("its revocation is incomplete".to_owned()),
-        };
-        let name = self.name.as_deref();
-        name.map(KeyName::check_stored).transpose().map_err(|error| error.to_string())?;
-        let metadata = self.metadata.as_deref().map(parse_json::<BTreeMap<_, _>>).transpose()?;
-        Ok(LoadedKey {
-            id,
-            owner,
-            policy,
-            name,
-            expires_at: self.expires_at.map(Timestamp::from_micros),
-            metadata: metadata.unwrap_or_default(),
-            created_at: Timestamp::from_micros(self.created_at),
-            created_by: &self.created_by,
-            updated_at: Timestamp::from_micros(self.updated_at),
-            disabled_at: self.disabled_at.map(Timestamp::from_micros),
-            revocation,
-            revision: revision_from_i64(self.revision),
-            secrets,
-            retired_secrets: left,
-        })
-    }
 }
 
 pub(super) fn parse_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_str(text).map_err(|error| error.to_string())
-}
-
-impl WriteRequest {
-    /// The log row of this write after `head`, for the record as it is recorded.
-    pub(super) fn to_log_entry(
-        &self,
-        change: &RecordChange,
-        head: LogHead,
-    ) -> Result<LogEntry, serde_json::Error> {
-        let via = ChangeOrigin {
-            previous: Some(self.expected_revision.unwrap_or_default()),
-            ..self.actor.origin.clone()
-        };
-        let mut row = LogEntry {
-            revision: head.revision.next(),
-            at: self.at,
-            action: self.action.as_str().to_owned(),
-            account: change.account_id().cloned(),
-            key_id: change.key_id(),
-            user: change.user_id().cloned(),
-            actor: self.actor.to_string(),
-            actor_account: self.actor.account.clone(),
-            acting_user: self.actor.acting_user.clone(),
-            method: self.method.to_owned(),
-            payload: log_payload::encode_payload(change, &via)?,
-            prev_hash: head.hash,
-            hash: GENESIS_HASH,
-        };
-        row.hash = row.compute_hash();
-        Ok(row)
-    }
 }
 
 /// Revisions are counted from 0 and never reach 2^63.

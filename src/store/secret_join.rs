@@ -177,7 +177,7 @@ impl<'s> SecretJoin<'s> {
             });
         }
         let key = key.verify_checksum(sum)?.without_revoked_grants();
-        part.add_key(&key.to_loaded_key(self.parse_cache, self.secrets.split_at(in_record))?);
+        part.add_key(&self.parse_cache.load_key(&key, self.secrets.split_at(in_record))?);
         Ok(())
     }
 }

@@ -4,13 +4,13 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use crate::domain::{
+    account::{Account, AccountMember, Role},
     key::{ApiKey, KeyOwner, KeySecret, KeySpec, Revocation},
     key_policy::KeyPolicy,
+    limit::QuotaUsage,
     name::{KeyId, KeyName},
     time::{Revision, Timestamp},
 };
-
-use super::SnapshotRecord;
 
 /// Takes a snapshot.
 pub trait SnapshotLoader: Send + Sync + 'static {
@@ -22,6 +22,22 @@ pub trait SnapshotLoader: Send + Sync + 'static {
 
     /// Begins a part of the keys.
     fn begin_part(&self) -> Box<dyn SnapshotPart>;
+}
+
+/// A record of the snapshot.
+#[derive(Debug)]
+pub enum SnapshotRecord {
+    /// An account.
+    Account(Account),
+    /// A key, with the superseded secrets that left its record. Hints are left out of either, and of a revoked key all that
+    /// it granted: see [`LoadedKey`].
+    Key(Arc<ApiKey>, Vec<KeySecret>),
+    /// A role.
+    Role(Role),
+    /// A member.
+    Member(AccountMember),
+    /// What is spent of the quota of a key that is not revoked; after its key.
+    QuotaUsage(KeyId, QuotaUsage),
 }
 
 /// Takes some keys of a snapshot. Each comes in one part only, once, and in no order.

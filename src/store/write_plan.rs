@@ -5,8 +5,9 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::domain::{
     key::{ApiKey, KeyOwner, KeySecret},
-    log::RecordChange,
+    log::{GENESIS_HASH, LogEntry, RecordChange},
     log_format::LogFormat,
+    log_payload::{self, ChangeOrigin},
     name::{AccountId, IdempotencyKey, KeyId, KeyName, RoleName, UserId},
     time::{Revision, Timestamp},
     token::TokenDigest,
@@ -19,6 +20,35 @@ use super::{
     owner_tally::{OwnerTally, applicable_limits, counted_owner},
     row_format::secret_checksum,
 };
+
+/// The log row of this write after `head`, for the record as it is recorded.
+fn to_log_entry(
+    write: &WriteRequest,
+    change: &RecordChange,
+    head: LogHead,
+) -> Result<LogEntry, serde_json::Error> {
+    let via = ChangeOrigin {
+        previous: Some(write.expected_revision.unwrap_or_default()),
+        ..write.actor.origin.clone()
+    };
+    let mut row = LogEntry {
+        revision: head.revision.next(),
+        at: write.at,
+        action: write.action.as_str().to_owned(),
+        account: change.account_id().cloned(),
+        key_id: change.key_id(),
+        user: change.user_id().cloned(),
+        actor: write.actor.to_string(),
+        actor_account: write.actor.account.clone(),
+        acting_user: write.actor.acting_user.clone(),
+        method: write.method.to_owned(),
+        payload: log_payload::encode_payload(change, &via)?,
+        prev_hash: head.hash,
+        hash: GENESIS_HASH,
+    };
+    row.hash = row.compute_hash();
+    Ok(row)
+}
 
 type WriteVerdict = Result<(), WriteRejection>;
 
@@ -295,7 +325,7 @@ impl<'w> WritePlan<'w> {
         facts: &mut PreState,
     ) -> Result<RecordChange, serde_json::Error> {
         let change = write.change.clone().with_revision(self.head.revision.next());
-        let row = write.to_log_entry(&change, self.head)?;
+        let row = to_log_entry(write, &change, self.head)?;
         self.head = LogHead { revision: row.revision, hash: row.hash };
         if let RecordChange::Key(key) = &change {
             let changed = key.secrets.iter().filter(|secret| !facts.has_same_row(key.id, secret));

@@ -1,6 +1,7 @@
 //! Bulk reads of PostgreSQL: pages by COPY, which cost both sides less than rows of a query.
 
 use async_trait::async_trait;
+use sqlx::Postgres as PgDatabase;
 
 use crate::{
     domain::{key::ApiKey, log::LogEntry, name::KeyId, time::Revision},
@@ -13,9 +14,10 @@ use crate::{
 };
 
 use super::{
-    CALL_TIMEOUT, Db, PostgresStore,
     copy_reader::{CopyRow, copy_rows},
-    store_error, with_timeout,
+    errors::store_error,
+    store::PostgresStore,
+    timeouts::{CALL_TIMEOUT, with_timeout},
 };
 
 /// A reader of one database. Each page is a transaction of its own, which any session may have.
@@ -31,7 +33,7 @@ impl<'s> PgBulkReader<'s> {
 
     async fn each(
         &self,
-        query: SqlQuery<Db>,
+        query: SqlQuery<PgDatabase>,
         take: &mut (dyn FnMut(&CopyRow<'_>) -> Result<(), StoreError> + Send),
     ) -> Result<(), StoreError> {
         let (sql, _) = query.into_parts();

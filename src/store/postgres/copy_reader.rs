@@ -9,7 +9,10 @@ use sqlx::PgConnection;
 
 use crate::store::{StoreError, row_decoding::RowColumns};
 
-use super::{NEXT_ROW_TIMEOUT, PgResult, store_error, with_timeout};
+use super::{
+    errors::{PgResult, store_error},
+    timeouts::{NEXT_ROW_TIMEOUT, with_timeout},
+};
 
 /// What every such stream begins with.
 const COPY_SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";

@@ -2,7 +2,11 @@
 
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
-use crate::store::{StoreError, row_format::damaged_error};
+use crate::store::{OpenError, StoreError, row_format::damaged_error};
+
+use super::target::PgTarget;
+
+pub(super) type PgResult<T> = Result<T, sqlx::Error>;
 
 pub(super) fn as_server_error(error: &sqlx::Error) -> Option<&PgDatabaseError> {
     error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()
@@ -66,5 +70,14 @@ pub(super) fn is_transient(error: &sqlx::Error) -> bool {
         sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut => true,
         error => as_server_error(error)
             .is_some_and(|said| PASSING.iter().any(|class| said.code().starts_with(class))),
+    }
+}
+
+pub(super) fn open_error(place: &PgTarget, error: sqlx::Error) -> OpenError {
+    let path = place.display_name.clone();
+    if is_transient(&error) {
+        OpenError::Unreachable { path, source: error.into() }
+    } else {
+        OpenError::Other { path, source: error.into() }
     }
 }

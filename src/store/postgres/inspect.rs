@@ -1,17 +1,20 @@
 //! Looking at a server that others use: nothing is migrated or changed.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use sqlx::{Connection as _, PgConnection};
 
 use crate::store::{
     OpenError, Store, backend,
-    inspect::{DatabaseInspection, DatabaseKind},
+    inspection::{DatabaseInspection, DatabaseKind},
 };
 
 use super::{
-    ACQUIRE_TIMEOUT, BeginStatements, CALL_TIMEOUT, PgTarget, PostgresStore, ReplicaConnections, SeenServers,
-    build_pool, migrate, open_error, server_check, with_timeout,
+    errors::open_error,
+    migrate, server_check,
+    store::PostgresStore,
+    target::PgTarget,
+    timeouts::{ACQUIRE_TIMEOUT, CALL_TIMEOUT, with_timeout},
 };
 
 /// Looks at the server that `url` names.
@@ -41,17 +44,7 @@ pub(in crate::store) async fn inspect(url: &str) -> Result<DatabaseInspection, O
     };
     // A standby refuses the transactions of a server, and may lag: the primary is to be looked at.
     if schema == Some(known) && !standby {
-        let (pool, fleet) = (build_pool(&place), ReplicaConnections::new(&place));
-        let begins = BeginStatements::new(&place.schema, durable);
-        let (known, sources) = (Mutex::default(), SeenServers::default());
-        let store = Arc::new(PostgresStore {
-            target: place,
-            pool,
-            begin_statements: begins,
-            replica_connections: fleet,
-            known_head: known,
-            seen_servers: sources,
-        });
+        let store = Arc::new(PostgresStore::new(place, durable));
         seen.log_check = Some(match backend::verify_newest_log(&*store).await {
             Ok(()) => store.log_head().await,
             Err(error) => Err(error),

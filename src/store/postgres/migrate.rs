@@ -9,14 +9,17 @@ use crate::{
     domain::log::GENESIS_HASH,
     store::{
         MigrationStep, OpenError, SchemaPolicy,
-        open::{CASE_COLLISIONS, check_account_ids},
         row_decoding::RowColumns as _,
+        schema::{CASE_COLLISIONS, check_account_ids},
     },
 };
 
 use super::{
-    PgResult, PgTarget, as_server_error, begin_transaction, open_error, replica_registry, unnamed_query,
-    with_timeout,
+    errors::{PgResult, as_server_error, open_error},
+    server_identity::UNKNOWN_SERVER,
+    target::PgTarget,
+    timeouts::with_timeout,
+    transaction::{begin_transaction, unnamed_query},
 };
 
 /// The step after which no two ids of accounts differ in case alone.
@@ -152,7 +155,7 @@ async fn migrate_in_transaction(
     .bind(GENESIS_HASH.to_vec())
     .execute(&mut *connection)
     .await?;
-    replica_registry::settle_first_incarnation(connection).await?;
+    settle_first_incarnation(connection).await?;
     Ok(Ok(steps))
 }
 
@@ -232,4 +235,10 @@ fn check_known(place: &PgTarget, applied: &[(i64, Vec<u8>)]) -> std::result::Res
         }
     }
     Ok(())
+}
+
+/// The first life that the tables have: nobody has held a lease in an earlier one.
+async fn settle_first_incarnation(connection: &mut PgConnection) -> PgResult<()> {
+    let sql = format!("UPDATE meta m SET settled = life({UNKNOWN_SERVER}, m.epoch) WHERE m.settled = ''");
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
 }

@@ -12,8 +12,8 @@ use crate::{
 };
 
 use super::{
-    dedicated_connection::TextRow,
     sql_literal::{SqlLiteral as _, array_literal, fill_placeholders},
+    text_row::TextRow,
 };
 
 /// A statement, and what its rows tell.

@@ -3,12 +3,7 @@
 //! Each statement goes over a line of its purpose, so that no slow list of keys holds up a renewal. NOTIFY is a hint:
 //! whoever commits sends one, and a listener that hears none for long is replaced.
 
-use std::{
-    collections::HashMap,
-    fmt::Write as _,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, fmt::Write as _, sync::PoisonError, time::Duration};
 
 use async_trait::async_trait;
 use sqlx::{
@@ -40,87 +35,22 @@ use crate::{
 };
 
 use super::{
-    ACQUIRE_TIMEOUT, CALL_TIMEOUT, PgResult, PgTarget, PostgresStore,
-    dedicated_connection::{DedicatedConnection, TextRow},
-    server_identity::SERVER_START_TIME,
+    dedicated_connection::DedicatedConnection,
+    errors::{PgResult, store_error},
+    replica_connections::{LISTENER_TIMEOUT, POOLER_RETRY_INTERVAL, encode_acknowledgment},
+    server_identity::{SERVER_START_TIME, UNKNOWN_SERVER},
     sql_literal::{SqlLiteral as _, array_literal},
-    store_error, with_timeout,
+    store::PostgresStore,
+    text_row::TextRow,
+    timeouts::{ACQUIRE_TIMEOUT, CALL_TIMEOUT, with_timeout},
 };
 
-/// How long a listener may hear nothing before another takes its place: its connection may be dead.
-const LISTENER_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long nobody tries again to listen where a pooler stood in between.
-const POOLER_RETRY_INTERVAL: Duration = Duration::from_secs(60);
 /// An infinite lease, in `lease_ms` and `longest_ms`.
 const INFINITE_LEASE_MS: i64 = i64::MAX;
 
 /// The server's own identity, which it reads from its disk each time.
 const SYSTEM_IDENTIFIER: &str = "(SELECT system_identifier::text FROM pg_control_system())";
-/// No server that is known.
-const UNKNOWN_SERVER: &str = "NULL, NULL";
 const DATABASE_NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
-
-/// The lines of a replica.
-pub(super) struct ReplicaConnections {
-    /// A server, as [`SERVER_START_TIME`] tells, and its identity.
-    server_identity: Mutex<Option<(i64, String)>>,
-    renewals: DedicatedConnection,
-    changes: DedicatedConnection,
-    registry: DedicatedConnection,
-    notifications: DedicatedConnection,
-    listener: tokio::sync::Mutex<Option<PgListener>>,
-    /// What this process commits, or has committed last: it is told of that too.
-    own_commit: Mutex<Option<Revision>>,
-}
-
-impl ReplicaConnections {
-    pub(super) fn new(place: &PgTarget) -> ReplicaConnections {
-        let line = || DedicatedConnection::new(place.options.clone());
-        ReplicaConnections {
-            server_identity: Mutex::default(),
-            renewals: line(),
-            changes: line(),
-            registry: line(),
-            notifications: line(),
-            listener: tokio::sync::Mutex::default(),
-            own_commit: Mutex::default(),
-        }
-    }
-
-    /// This process holds the lock on the head, and commits up to here; or it has found that it may not have.
-    pub(super) fn set_own_commit(&self, upto: Option<Revision>) {
-        *self.own_commit.lock().unwrap_or_else(PoisonError::into_inner) = upto;
-    }
-
-    /// What a notification says, unless it cannot be read and says nothing then.
-    fn parse_notification(
-        &self,
-        place: &PgTarget,
-        channel: &str,
-        payload: &str,
-    ) -> Option<ReplicaNotification> {
-        if channel != place.commit_channel() {
-            return parse_acknowledgment(payload);
-        }
-        let upto = payload.parse().ok().map(revision_from_i64);
-        let own = *self.own_commit.lock().unwrap_or_else(PoisonError::into_inner);
-        Some(if upto.is_some() && upto == own {
-            ReplicaNotification::OwnCommit
-        } else {
-            ReplicaNotification::Committed(upto)
-        })
-    }
-
-    pub(super) async fn close(&self) {
-        self.listener.lock().await.take();
-        tokio::join!(
-            self.renewals.close(),
-            self.changes.close(),
-            self.registry.close(),
-            self.notifications.close()
-        );
-    }
-}
 
 fn lease_to_millis(lease: LeaseDuration) -> i64 {
     lease
@@ -153,10 +83,7 @@ fn decode_hash_opt(row: &TextRow, column: usize) -> PgResult<Option<ChainHash>> 
     row.bytes_opt(column)?.map(|_| fixed_bytes(row, column)).transpose()
 }
 
-fn decode_log_entries(
-    rows: &[PgRow],
-    columns: std::ops::Range<usize>,
-) -> std::result::Result<Vec<LogEntry>, StoreError> {
+fn decode_log_entries(rows: &[PgRow], columns: std::ops::Range<usize>) -> Result<Vec<LogEntry>, StoreError> {
     let text = rows.iter().map(|row| TextRow::from_pg_row(row, columns.clone()));
     text.map(|row| decode_log_entry(&row.map_err(store_error)?)).collect()
 }
@@ -188,10 +115,7 @@ impl PostgresStore {
         rows.last().map_or(from, |row| LogPosition { revision: row.revision, hash: row.hash })
     }
 
-    async fn send_renewal(
-        &self,
-        renewal: &RenewalRequest,
-    ) -> std::result::Result<RenewalOutcome, StoreError> {
+    async fn send_renewal(&self, renewal: &RenewalRequest) -> Result<RenewalOutcome, StoreError> {
         const META_COLUMNS: usize = 9;
         let sql = renewal_sql(renewal, &self.server_arguments().await.map_err(store_error)?);
         let asked = self.run_transaction(&self.replica_connections.renewals, &sql, CALL_TIMEOUT);
@@ -281,17 +205,6 @@ fn renewal_sql(renewal: &RenewalRequest, server: &str) -> String {
     sql
 }
 
-/// What a replica tells that has acknowledged changes.
-fn encode_acknowledgment(id: ReplicaId, upto: Revision) -> String {
-    format!("{} {}", id.0.simple(), upto.0)
-}
-
-fn parse_acknowledgment(payload: &str) -> Option<ReplicaNotification> {
-    let (id, upto) = payload.split_once(' ')?;
-    let replica = ReplicaId(Uuid::try_parse(id).ok()?);
-    Some(ReplicaNotification::Acknowledged { replica, up_to: Revision(upto.parse().ok()?) })
-}
-
 fn decode_reply(
     meta: &TextRow,
     renewed: bool,
@@ -379,7 +292,7 @@ fn parse_entry_hash(text: &str) -> PgResult<(Revision, ChainHash)> {
 
 #[async_trait]
 impl ReplicaRegistry for PostgresStore {
-    async fn lease_config(&self) -> std::result::Result<LeaseConfig, StoreError> {
+    async fn lease_config(&self) -> Result<LeaseConfig, StoreError> {
         let asked = "SELECT lease_ms, longest_ms, epoch FROM meta";
         let rows = self
             .run_transaction(&self.replica_connections.registry, asked, CALL_TIMEOUT)
@@ -389,7 +302,7 @@ impl ReplicaRegistry for PostgresStore {
         decode_lease_config(row).map_err(store_error)
     }
 
-    async fn initialize_lease(&self, lease: LeaseDuration) -> std::result::Result<bool, StoreError> {
+    async fn initialize_lease(&self, lease: LeaseDuration) -> Result<bool, StoreError> {
         let millis = lease_to_millis(lease);
         let set =
             format!("UPDATE meta SET lease_ms = {millis}, longest_ms = {millis} WHERE head = 0 RETURNING 1");
@@ -400,7 +313,7 @@ impl ReplicaRegistry for PostgresStore {
         Ok(!rows.is_empty())
     }
 
-    async fn set_lease(&self, lease: LeaseDuration) -> std::result::Result<(), StoreError> {
+    async fn set_lease(&self, lease: LeaseDuration) -> Result<(), StoreError> {
         let millis = lease_to_millis(lease);
         let set = format!(
             "UPDATE meta SET lease_ms = {millis}, longest_ms = greatest(longest_ms, lease_ms, {millis})"
@@ -411,7 +324,7 @@ impl ReplicaRegistry for PostgresStore {
             .map_err(store_error)
     }
 
-    async fn finish_lease_change(&self, lease: LeaseDuration) -> std::result::Result<bool, StoreError> {
+    async fn finish_lease_change(&self, lease: LeaseDuration) -> Result<bool, StoreError> {
         let millis = lease_to_millis(lease);
         let set = format!("UPDATE meta SET longest_ms = {millis} WHERE lease_ms = {millis} RETURNING 1");
         let rows = self
@@ -421,7 +334,7 @@ impl ReplicaRegistry for PostgresStore {
         Ok(!rows.is_empty())
     }
 
-    async fn register(&self, id: ReplicaId, name: &str) -> std::result::Result<(), StoreError> {
+    async fn register(&self, id: ReplicaId, name: &str) -> Result<(), StoreError> {
         let (id, name) = (id.0.as_bytes().as_slice().to_sql_literal(), name.to_sql_literal());
         let insert = format!(
             "INSERT INTO replicas (id, name, applied, renew_seq, last_seen, log_format) \
@@ -434,13 +347,13 @@ impl ReplicaRegistry for PostgresStore {
             .map_err(store_error)
     }
 
-    async fn renew_lease(&self, renewal: &RenewalRequest) -> std::result::Result<RenewalOutcome, StoreError> {
+    async fn renew_lease(&self, renewal: &RenewalRequest) -> Result<RenewalOutcome, StoreError> {
         self.send_renewal(renewal).await
     }
 
     /// In a transaction of its own and over a line of its own: whoever tells something waits for all others in the server
     /// who do, and no renewal is to wait with it.
-    async fn notify_ack(&self, id: ReplicaId, upto: Revision) -> std::result::Result<(), StoreError> {
+    async fn notify_ack(&self, id: ReplicaId, upto: Revision) -> Result<(), StoreError> {
         let told = format!("NOTIFY {}, '{}'", self.target.ack_channel(), encode_acknowledgment(id, upto));
         self.replica_connections
             .notifications
@@ -450,7 +363,7 @@ impl ReplicaRegistry for PostgresStore {
             .map_err(store_error)
     }
 
-    async fn confirm_primary(&self, id: ReplicaId, since: Instant) -> std::result::Result<bool, StoreError> {
+    async fn confirm_primary(&self, id: ReplicaId, since: Instant) -> Result<bool, StoreError> {
         let write = format!(
             "UPDATE replicas SET last_seen = {DATABASE_NOW} WHERE id = {} RETURNING 1",
             id.0.as_bytes().as_slice().to_sql_literal()
@@ -462,7 +375,7 @@ impl ReplicaRegistry for PostgresStore {
         Ok(!rows.is_empty() && self.seen_servers.is_single_since(since))
     }
 
-    async fn fetch_changes_after(&self, after: Revision) -> std::result::Result<Vec<LogEntry>, StoreError> {
+    async fn fetch_changes_after(&self, after: Revision) -> Result<Vec<LogEntry>, StoreError> {
         let after = revision_to_i64(after);
         let asked = format!(
             "SELECT {LOG_COLUMNS} FROM log WHERE revision > {after} ORDER BY revision LIMIT {MAX_CHANGES_PER_REPLY}"
@@ -474,10 +387,7 @@ impl ReplicaRegistry for PostgresStore {
         decode_log_entries(&rows, 0..LOG_COLUMNS.split(',').count())
     }
 
-    async fn list_replicas(
-        &self,
-        revisions: &[Revision],
-    ) -> std::result::Result<ReplicaSnapshot, StoreError> {
+    async fn list_replicas(&self, revisions: &[Revision]) -> Result<ReplicaSnapshot, StoreError> {
         let revisions = array_literal(revisions, |revision| revision_to_i64(*revision));
         let server = self.server_arguments().await.map_err(store_error)?;
         let asked = format!("SELECT * FROM roster({revisions}::bigint[], {server})");
@@ -488,11 +398,7 @@ impl ReplicaRegistry for PostgresStore {
         decode_replica_snapshot(&rows).map_err(store_error)
     }
 
-    async fn deregister(
-        &self,
-        id: ReplicaId,
-        renew_seq: Option<u64>,
-    ) -> std::result::Result<bool, StoreError> {
+    async fn deregister(&self, id: ReplicaId, renew_seq: Option<u64>) -> Result<bool, StoreError> {
         let still = renew_seq.map(|count| format!(" AND renew_seq = {count}")).unwrap_or_default();
         let delete = format!(
             "DELETE FROM replicas WHERE id = {}{still} RETURNING 1",
@@ -505,7 +411,7 @@ impl ReplicaRegistry for PostgresStore {
         Ok(!rows.is_empty())
     }
 
-    async fn next_notification(&self) -> std::result::Result<ReplicaNotification, StoreError> {
+    async fn next_notification(&self) -> Result<ReplicaNotification, StoreError> {
         let mut slot = self.replica_connections.listener.lock().await;
         let mut listener = match slot.take() {
             Some(listener) => listener,
@@ -537,7 +443,7 @@ impl ReplicaRegistry for PostgresStore {
         *self.known_head() = None;
     }
 
-    async fn accept_regression(&self) -> std::result::Result<u64, StoreError> {
+    async fn accept_regression(&self) -> Result<u64, StoreError> {
         // A restored database may count from less than what its replicas have seen: the time is beyond all that.
         let set = "UPDATE meta SET epoch = greatest(epoch + 1, extract(epoch FROM clock_timestamp())::bigint) \
                    RETURNING epoch";
@@ -596,12 +502,6 @@ impl PostgresStore {
     }
 }
 
-/// The first life that the tables have: nobody has held a lease in an earlier one.
-pub(super) async fn settle_first_incarnation(connection: &mut sqlx::PgConnection) -> PgResult<()> {
-    let sql = format!("UPDATE meta m SET settled = life({UNKNOWN_SERVER}, m.epoch) WHERE m.settled = ''");
-    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(connection).await.map(drop)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -632,33 +532,6 @@ mod tests {
         assert!(sql.contains(&renew) && sql.contains("revision > 7 ORDER BY"), "{sql}");
         let loading = renewal_sql(&RenewalRequest { applied: None, ..renewal }, UNKNOWN_SERVER);
         assert!(loading.contains("NULL, NULL, 3, 5)") && !loading.contains("ORDER BY"), "{loading}");
-    }
-
-    #[test]
-    fn what_is_told_of_an_acknowledgment_reads_back_and_nothing_else_does() {
-        let (replica, upto) = (ReplicaId(Uuid::from_u128(7)), Revision(12));
-        assert_eq!(
-            parse_acknowledgment(&encode_acknowledgment(replica, upto)),
-            Some(ReplicaNotification::Acknowledged { replica, up_to: upto })
-        );
-        for bad in ["", "12", "x 12", "00000000000000000000000000000007 -1"] {
-            assert_eq!(parse_acknowledgment(bad), None, "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn what_this_process_commits_is_no_news_to_it() {
-        let place = PgTarget::parse("postgres://u@db/keys").unwrap();
-        let lines = ReplicaConnections::new(&place);
-        let hint = |payload| lines.parse_notification(&place, place.commit_channel(), payload);
-        assert_eq!(hint("7"), Some(ReplicaNotification::Committed(Some(Revision(7)))));
-        lines.set_own_commit(Some(Revision(7)));
-        assert_eq!(hint("7"), Some(ReplicaNotification::OwnCommit));
-        assert_eq!(hint("8"), Some(ReplicaNotification::Committed(Some(Revision(8)))));
-        assert_eq!(hint("?"), Some(ReplicaNotification::Committed(None)));
-        lines.set_own_commit(None);
-        assert_eq!(hint("7"), Some(ReplicaNotification::Committed(Some(Revision(7)))));
-        assert_eq!(lines.parse_notification(&place, &place.ack_channel(), "?"), None);
     }
 
     #[test]

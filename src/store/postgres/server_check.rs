@@ -5,7 +5,12 @@ use sqlx::PgConnection;
 
 use crate::store::{OpenError, inspect::PostgresServerInfo, row_decoding::RowColumns as _};
 
-use super::{CALL_TIMEOUT, PgTarget, open_error, unnamed_query, with_timeout};
+use super::{
+    errors::open_error,
+    target::PgTarget,
+    timeouts::{CALL_TIMEOUT, with_timeout},
+    transaction::unnamed_query,
+};
 
 /// The oldest server that Keyward is for: PostgreSQL 13.
 const MIN_SERVER_VERSION: i64 = 130_000;

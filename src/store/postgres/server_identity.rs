@@ -11,6 +11,9 @@ use tokio::time::Instant;
 pub(super) const SERVER_START_TIME: &str =
     "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint";
 
+/// No server that is known.
+pub(super) const UNKNOWN_SERVER: &str = "NULL, NULL";
+
 /// How many servers are remembered; those that were heard last.
 const MAX_SEEN_SERVERS: usize = 16;
 

@@ -7,7 +7,7 @@ use sqlx::{ConnectOptions as _, postgres::PgConnectOptions};
 
 use crate::{
     domain::connection_url::{ConnectionUrl, ConnectionUrlError},
-    store::{OpenError, open::url_error},
+    store::{OpenError, error::url_error},
 };
 
 /// What may stand behind the `?`. The driver would ignore others, and repeat them in the log.

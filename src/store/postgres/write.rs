@@ -27,11 +27,10 @@ use crate::{
 };
 
 use super::{
-    sql_literal::{SqlLiteral as _, fill_placeholders, values_list as values},
-    unnamed_query,
+    errors::PgResult,
+    sql_literal::{SqlLiteral as _, fill_placeholders, values_list},
+    transaction::unnamed_query,
 };
-
-type PgWriteResult<T> = std::result::Result<T, sqlx::Error>;
 
 /// Brings the tables to what a run was decided to be.
 pub(super) fn write_run(script: &mut Vec<String>, plan: &WritePlan<'_>) {
@@ -61,7 +60,7 @@ fn put_accounts(script: &mut Vec<String>, rows: &[&Account]) {
     if rows.is_empty() {
         return;
     }
-    let rows = values(rows, |row| {
+    let rows = values_list(rows, |row| {
         [
             row.id.as_str().to_sql_literal(),
             row.name.as_str().to_sql_literal(),
@@ -86,7 +85,7 @@ fn put_roles(script: &mut Vec<String>, rows: &[&Role]) {
     if rows.is_empty() {
         return;
     }
-    let rows = values(rows, |row| {
+    let rows = values_list(rows, |row| {
         [
             role_account_column(row.account.as_ref()).to_sql_literal(),
             row.name.as_str().to_sql_literal(),
@@ -106,7 +105,7 @@ fn put_members(script: &mut Vec<String>, rows: &[&AccountMember]) {
     if rows.is_empty() {
         return;
     }
-    let rows = values(rows, |row| {
+    let rows = values_list(rows, |row| {
         [
             row.account.as_str().to_sql_literal(),
             row.user.as_str().to_sql_literal(),
@@ -141,7 +140,7 @@ fn put_keys(script: &mut Vec<String>, keys: &[&ApiKey]) {
     if keys.is_empty() {
         return;
     }
-    let rows = values(keys, |key| {
+    let rows = values_list(keys, |key| {
         let row = KeyRow::from_key(key);
         [
             row.id.as_slice().to_sql_literal(),
@@ -191,7 +190,7 @@ fn put_secrets(script: &mut Vec<String>, secrets: &[(KeyId, KeySecret)]) {
     }
     let mut secrets: Vec<_> = secrets.iter().collect();
     secrets.sort_by_key(|(id, secret)| (*id, secret.version));
-    let rows = values(&secrets, |(id, secret)| {
+    let rows = values_list(&secrets, |(id, secret)| {
         [
             secret.digest.as_bytes().as_slice().to_sql_literal(),
             id.as_bytes().as_slice().to_sql_literal(),
@@ -219,7 +218,7 @@ fn append_log(script: &mut Vec<String>, rows: &[&LogEntry]) {
         return;
     }
     let text = |text: Option<String>| text.to_sql_literal();
-    let rows = values(rows, |row| {
+    let rows = values_list(rows, |row| {
         [
             revision_to_i64(row.revision).to_sql_literal(),
             row.at.as_micros().to_sql_literal(),
@@ -256,7 +255,7 @@ fn raise_log_format(script: &mut Vec<String>, format: Option<LogFormat>) {
 pub(super) async fn insert_checkpoint(
     connection: &mut PgConnection,
     checkpoint: &ArchiveCheckpoint,
-) -> PgWriteResult<()> {
+) -> PgResult<()> {
     unnamed_query("INSERT INTO checkpoints VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING")
         .bind(revision_to_i64(checkpoint.head.revision))
         .bind(checkpoint.head.hash.to_vec())
@@ -272,7 +271,7 @@ pub(super) async fn delete_log_entries(
     connection: &mut PgConnection,
     upto: Revision,
     most: u32,
-) -> PgWriteResult<u64> {
+) -> PgResult<u64> {
     sqlx::raw_sql("GRANT DELETE ON log TO CURRENT_USER").execute(&mut *connection).await?;
     let sql = "DELETE FROM log WHERE revision IN \
                (SELECT revision FROM log WHERE revision <= $1 ORDER BY revision LIMIT $2)";
@@ -296,7 +295,7 @@ fn store_idempotency_keys(script: &mut Vec<String>, plan: &WritePlan<'_>) {
         .collect();
     let rows: Vec<_> = newest.into_iter().collect();
     let Some(oldest) = rows.iter().map(|(_, (_, _, at))| *at).min() else { return };
-    let remembered = values(&rows, |((caller, key), (fingerprint, key_id, at))| {
+    let remembered = values_list(&rows, |((caller, key), (fingerprint, key_id, at))| {
         [
             caller.as_bytes().as_slice().to_sql_literal(),
             key.as_str().to_sql_literal(),
@@ -340,10 +339,7 @@ fn column_values<R, T>(rows: &[R], of: impl Fn(&R) -> T) -> Vec<T> {
 }
 
 /// Writes what Checks have left. Gives the rows of the quotas that were drawn from.
-pub(super) async fn write_usage(
-    connection: &mut PgConnection,
-    batch: &UsageBatch,
-) -> PgWriteResult<Vec<PgRow>> {
+pub(super) async fn write_usage(connection: &mut PgConnection, batch: &UsageBatch) -> PgResult<Vec<PgRow>> {
     let UsageBatch { secret_uses: used, counts, quota_units: spent } = batch;
     if !used.is_empty() {
         unnamed_query(
@@ -379,7 +375,7 @@ pub(super) async fn write_usage(
 async fn add_quota_units(
     connection: &mut PgConnection,
     spent: &[(KeyId, PendingQuotaUnits)],
-) -> PgWriteResult<Vec<PgRow>> {
+) -> PgResult<Vec<PgRow>> {
     let mut by_key = BTreeMap::<KeyId, PendingQuotaUnits>::new();
     for (id, drawn) in spent {
         by_key.entry(*id).and_modify(|known| *known = known.merge(*drawn)).or_insert(*drawn);

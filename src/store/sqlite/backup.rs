@@ -11,7 +11,8 @@ use crate::{
 };
 
 use super::{
-    check_integrity, open_error,
+    checks::check_integrity,
+    errors::open_error,
     open_mark::{self, WalState},
 };
 

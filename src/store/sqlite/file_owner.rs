@@ -35,8 +35,9 @@ use super::{
     connection::{
         SqliteFailure, SqliteResult, SqliteWriter, connect_reader, execute, run_blocking, unavailable_failure,
     },
+    errors::store_open_error,
     open_mark::{self, OpenMark, WalState},
-    permissions, store_open_error,
+    permissions,
 };
 
 /// How often the owner looks whether the file is still its own. It bounds how long it answers when it is not.

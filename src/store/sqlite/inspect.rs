@@ -7,18 +7,19 @@ use tokio::sync::watch::Sender;
 
 use crate::store::{
     OpenError, Store, backend,
-    inspect::{DatabaseInspection, DatabaseKind, SqliteFileInfo},
+    inspection::{DatabaseInspection, DatabaseKind, SqliteFileInfo},
 };
 
 use super::{
-    MAX_CHECKED_AT_OPEN, MAX_SQLX_READERS, SqliteStore, check_integrity,
+    checks::{MAX_CHECKED_AT_OPEN, check_integrity},
+    connect_options::{MAX_SQLX_READERS, read_only_options},
     connection::SqliteWriter,
+    errors::open_error,
     file_owner::is_owned,
     migrate::migrations,
-    open_error,
     open_mark::{self, WalState},
     page_readers::PageReaders,
-    read_only_options,
+    store::SqliteStore,
 };
 
 /// Looks at the file at `path`.

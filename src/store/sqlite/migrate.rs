@@ -11,11 +11,11 @@ use crate::{
     domain::{log::GENESIS_HASH, text},
     store::{
         MigrationStep, OpenError, SchemaPolicy,
-        open::{CASE_COLLISIONS, check_account_ids},
+        schema::{CASE_COLLISIONS, check_account_ids},
     },
 };
 
-use super::open_error;
+use super::errors::open_error;
 
 /// The step that adds `name_nfc`.
 const NAMES_VERSION: i64 = 9;

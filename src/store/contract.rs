@@ -26,32 +26,32 @@ use super::{
     write_request::{CommittedBatch, WriteRequest},
 };
 
-/// The contract of a backend. Reads see everything that was committed before they began.
+/// The contract of a database backend. A read sees everything that was committed before it began.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
-    /// Where the log ends.
+    /// The newest revision and its hash.
     async fn log_head(&self) -> Result<LogHead, StoreError>;
 
-    /// Commits a batch in one transaction; it is durable when this returns. A write that is rejected leaves
-    /// the others alone.
+    /// Commits a batch in one transaction, durably. A rejected write does not affect the others.
     async fn commit(&self, batch: &[WriteRequest]) -> Result<CommittedBatch, CommitError>;
 
-    /// The log after `revision`, in order, at most `limit` rows.
+    /// The log after `revision`, in ascending order; at most `limit` entries.
     async fn list_log_after(&self, revision: Revision, limit: u32) -> Result<Vec<LogEntry>, StoreError>;
 
-    /// Everything that a Check needs, as of one revision, which is returned. Keys revoked and secrets
-    /// superseded before `forget_before` are left out. After a fault, or when this is given up, `loader` may still hear of
-    /// keys for a moment.
+    /// Streams everything that a Check needs, as of one revision, and returns that revision. Keys that were revoked and
+    /// secrets that were superseded before `forget_before` are left out.
+    ///
+    /// After an error, or if the future is dropped, `loader` may still receive keys for a moment.
     async fn stream_snapshot(
         &self,
         forget_before: Timestamp,
         loader: &Arc<dyn SnapshotLoader>,
     ) -> Result<LogHead, StoreError>;
 
-    /// One key.
+    /// The key with this id, with the last use of each secret.
     async fn get_key(&self, id: KeyId) -> Result<Option<StoredKey>, StoreError>;
 
-    /// Keys before `before` in the order of falling ids, at most `limit`.
+    /// Keys with ids below `before`, in descending order of their ids; at most `limit`.
     async fn list_keys(
         &self,
         filter: &KeyFilter,
@@ -59,14 +59,13 @@ pub trait Store: Send + Sync + 'static {
         limit: u32,
     ) -> Result<Vec<StoredKey>, StoreError>;
 
-    /// One account.
+    /// The account with exactly this id.
     async fn get_account(&self, id: &AccountId) -> Result<Option<Account>, StoreError>;
 
-    /// Accounts after `after` in the order of their ids, at most `limit`.
+    /// Accounts with ids above `after`, in ascending order; at most `limit`.
     async fn list_accounts(&self, after: Option<&AccountId>, limit: u32) -> Result<Vec<Account>, StoreError>;
 
-    /// Log entries in the order of the filter, at most `limit`: those that come behind `cursor`, which is the last one
-    /// of the page before.
+    /// Entries of the log in the order of the filter; at most `limit`. `cursor` is the last entry of the previous page.
     async fn list_log(
         &self,
         filter: &LogFilter,
@@ -74,23 +73,24 @@ pub trait Store: Send + Sync + 'static {
         limit: u32,
     ) -> Result<Vec<LogEntry>, StoreError>;
 
-    /// The entries at these revisions, in no order; those that there are.
+    /// The entries at these revisions, in any order; missing ones are left out.
     async fn get_log_entries(&self, revisions: &[Revision]) -> Result<Vec<LogEntry>, StoreError>;
 
-    /// The keys with these ids, in no order; those that there are.
+    /// The keys with these ids, in any order; missing ones are left out.
     async fn get_keys(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError>;
 
-    /// A reader of the log and of the keys, for whoever is about to read this many entries.
+    /// A reader of the log and of keys for a caller that will read about this many entries.
     fn bulk_reader(&self, entries: u64) -> Box<dyn BulkReader + '_>;
 
-    /// The newest checkpoint; None = nothing was archived.
+    /// The newest checkpoint; `None` if nothing was archived.
     async fn newest_checkpoint(&self) -> Result<Option<ArchiveCheckpoint>, StoreError>;
 
-    /// Notes a checkpoint, and takes the entries up to it out of the log, a few at a time. Called again with the same one
-    /// it goes on where it was broken off.
+    /// Records a checkpoint, then deletes the entries up to it from the log in small batches. A call with the same
+    /// checkpoint resumes an interrupted one.
     async fn archive_log(&self, checkpoint: &ArchiveCheckpoint) -> Result<(), StoreError>;
 
-    /// The key that was made or rotated under an idempotency key at or after `since`, and the fingerprint.
+    /// The key that was created or rotated under an idempotency key at or after `since`, and the fingerprint of that
+    /// request.
     async fn find_idempotent_request(
         &self,
         caller: KeyId,
@@ -98,10 +98,10 @@ pub trait Store: Send + Sync + 'static {
         since: Timestamp,
     ) -> Result<Option<(KeyId, [u8; 32])>, StoreError>;
 
-    /// The roles of an account, global ones included; or the global ones alone. In the order of their names.
+    /// The roles of an account and the global ones; without an account, only the global ones. Sorted by name.
     async fn list_roles(&self, account: Option<&AccountId>) -> Result<Vec<Role>, StoreError>;
 
-    /// Members of an account after `after` in the order of their users, at most `limit`.
+    /// Members of an account with users above `after`, in ascending order; at most `limit`.
     async fn list_members(
         &self,
         account: &AccountId,
@@ -109,19 +109,19 @@ pub trait Store: Send + Sync + 'static {
         limit: u32,
     ) -> Result<Vec<AccountMember>, StoreError>;
 
-    /// Every membership of a user.
+    /// All memberships of a user, in any account.
     async fn list_memberships(&self, user: &UserId) -> Result<Vec<AccountMember>, StoreError>;
 
-    /// Writes what Checks have left, in one transaction. A key or secret that is gone is skipped.
+    /// Writes usage in one transaction. Entries of unknown keys or secrets are skipped.
     ///
-    /// Units of a quota are added to those of the same period. A later period starts afresh, and so does a longer
-    /// one that the known one began in: the quota has another kind of period then. Units of a period that is over
-    /// are dropped. Gives what is spent now of each quota that the batch has units of, by all who write.
+    /// Units of a quota are added to those of the same period. A later period starts at zero. So does a longer period
+    /// that contains the start of the stored one: the quota then has another kind of period. Units of a past period are
+    /// dropped. Returns the present usage of each quota in the batch, by all processes.
     ///
-    /// An answer that is lost leaves open whether the units were added: sent again, they may count twice.
+    /// If the answer is lost, it is unknown whether the units were added: sent again, they may count twice.
     async fn record_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, QuotaUsage)>, StoreError>;
 
-    /// The counts of a key from one hour to before another, in the order of hours.
+    /// The counts of a key from hour `from` up to but not including `to`, in ascending order.
     async fn list_usage(
         &self,
         key: KeyId,
@@ -129,24 +129,24 @@ pub trait Store: Send + Sync + 'static {
         to: UsageHour,
     ) -> Result<Vec<UsageCount>, StoreError>;
 
-    /// Drops counts of hours before `before`.
+    /// Deletes the counts of hours before `before`.
     async fn prune_usage(&self, before: UsageHour) -> Result<(), StoreError>;
 
-    /// Waits until no commit of this process is under way any more, one whose answer was lost included, and sees that
-    /// the database goes on from what this process knows of it. What the log does not hold then was not recorded.
+    /// Waits until no commit of this process is in progress, even one whose answer was lost. Then it verifies that the
+    /// log continues the history that this process knows. Whatever the log does not contain then was not recorded.
     async fn settle_pending_commits(&self) -> Result<(), StoreError>;
 
-    /// What replicas need of the database; `None` where one process owns it.
+    /// The coordination of replicas; `None` if one process owns the database.
     fn replica_registry(self: Arc<Self>) -> Option<Arc<dyn ReplicaRegistry>>;
 
-    /// Whether all that was read and committed since then came from one server. A primary that was replaced answers reads,
-    /// and commits nothing: what a commit follows was the newest there was, if both were on the same server.
+    /// Whether all reads and commits since then were answered by one server. A replaced primary still answers reads but
+    /// cannot commit. So if a commit and the reads before it came from one server, these reads were current.
     fn is_single_server_since(&self, since: Instant) -> bool;
 
     /// Waits until the database is found damaged or owned by another process. Never returns for a backend that does not
     /// check this.
     async fn wait_until_unusable(&self);
 
-    /// Ends all work and lets go of the database.
+    /// Ends all work and closes the database.
     async fn close(&self);
 }

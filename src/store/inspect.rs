@@ -6,10 +6,10 @@ use super::{error::OpenError, postgres, sqlite};
 
 pub use super::inspection::{DatabaseInspection, DatabaseKind, PostgresServerInfo, SqliteFileInfo};
 
-/// Looks at the database that `url` names.
+/// Inspects the database that `url` names.
 ///
 /// # Errors
-/// When it cannot be reached, or the URL names none.
+/// If the database cannot be reached, or the URL names none.
 pub async fn inspect(url: &str) -> Result<DatabaseInspection, OpenError> {
     match url.split_once(':') {
         Some(("sqlite", path)) => sqlite::inspect(path.strip_prefix("//").unwrap_or(path)).await,

@@ -1,23 +1,22 @@
-//! What is to be seen of a database that servers run on: nothing is migrated, owned or changed. What to make of it is
-//! `doctor`'s business.
+//! The result of inspecting a database. What to make of it is up to `doctor`.
 
 use std::sync::Arc;
 
 use super::{contract::Store, error::StoreError, records::LogHead};
 
-/// What is to be seen of a database.
+/// The state of a database that servers may be using.
 pub struct DatabaseInspection {
-    /// Its name for people, without user and password.
+    /// The database, named without user and password.
     pub display_name: String,
-    /// The newest migration that it has had; None = no Keyward has used it.
+    /// The newest migration in the database; `None` if Keyward has never used it.
     pub schema_version: Option<i64>,
     /// The newest migration that this program knows.
     pub newest_schema_version: i64,
-    /// What holds for its kind alone.
+    /// The facts that only this kind of database has.
     pub kind: DatabaseKind,
-    /// Where its log ends, when the newest part of that is whole. None = it was not looked at: see `schema`, `kind`.
+    /// The end of the log if its newest part is intact. `None`: not checked, see `schema_version` and `kind`.
     pub log_check: Option<Result<LogHead, StoreError>>,
-    /// For further questions, where there may be any.
+    /// A store for further reads, if the schema is current.
     pub store: Option<Arc<dyn Store>>,
 }
 
@@ -27,47 +26,47 @@ impl std::fmt::Debug for DatabaseInspection {
     }
 }
 
-/// What holds for one kind of database.
+/// The kind of a database, with what only this kind has.
 #[derive(Debug)]
 pub enum DatabaseKind {
-    /// One file.
+    /// One SQLite file.
     Sqlite(SqliteFileInfo),
-    /// A server.
+    /// A schema on a PostgreSQL server.
     Postgres(PostgresServerInfo),
 }
 
-/// What a file shows.
+/// The state of an SQLite file and of its file system.
 #[derive(Clone, Debug)]
 pub struct SqliteFileInfo {
-    /// Its permissions: the lowest nine bits.
+    /// The permission bits of the file: the lowest nine.
     pub mode: u32,
-    /// Its size in bytes.
+    /// The size of the file in bytes, without its WAL.
     pub size_bytes: u64,
-    /// What is free on its file system, in bytes.
+    /// The free space of its file system in bytes.
     pub free_bytes: u64,
-    /// Whether a server has it.
+    /// Whether a server owns the file at this moment.
     pub is_owned: bool,
-    /// What its own check found, where the file is small enough for it to be made.
+    /// The result of SQLite's integrity check; `None` if the file is too large for one.
     pub integrity_check: Option<Result<(), String>>,
 }
 
-/// What a server says of itself.
+/// The settings of a PostgreSQL server that matter for durability.
 #[derive(Clone, Debug)]
 pub struct PostgresServerInfo {
-    /// `server_version_num`.
+    /// The setting `server_version_num`.
     pub version_number: i64,
-    /// Whether it is a standby.
+    /// Whether the server is a standby.
     pub in_recovery: bool,
-    /// `fsync`.
+    /// The setting `fsync`, which must be `on`.
     pub fsync: String,
-    /// `full_page_writes`.
+    /// The setting `full_page_writes`, which protects against torn pages.
     pub full_page_writes: String,
-    /// `synchronous_commit`, the default of sessions.
+    /// The setting `synchronous_commit`, the default of sessions.
     pub synchronous_commit: String,
-    /// `synchronous_standby_names`.
+    /// The setting `synchronous_standby_names`; empty if there is none.
     pub synchronous_standbys: String,
-    /// `server_encoding`.
+    /// The setting `server_encoding`, which must be `UTF8`.
     pub encoding: String,
-    /// Why no server would start on it, and what to do.
+    /// Why Keyward would not start on this server, and what to do.
     pub unsuitable_reason: Option<(String, &'static str)>,
 }

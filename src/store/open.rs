@@ -1,5 +1,4 @@
-//! From a URL to a store: which backend it names, what may stop it from opening, and what else is done with a database
-//! that is not opened: its schema migrated, its file copied.
+//! Opens the store that a URL names, and does what needs no open store: migrations and backups.
 
 use std::{
     path::{Path, PathBuf},
@@ -15,26 +14,26 @@ use super::{
     sqlite,
 };
 
-/// A database, as a URL names it.
+/// A database, parsed from its URL.
 enum DatabaseUrl<'u> {
-    /// An SQLite file.
+    /// The path of an SQLite file.
     SqliteFile(&'u str),
-    /// A PostgreSQL server.
+    /// A PostgreSQL server, whose URL its backend parses.
     PostgresServer,
 }
 
-/// Opens the store that `url` names, migrates it, and checks that it is whole.
+/// Opens the store that `url` names, migrates it and verifies the newest part of its log.
 ///
 /// # Errors
-/// When it cannot be opened, is damaged, or belongs to another process or a newer version.
+/// If the database cannot be opened, is damaged, or belongs to another process or to a newer version.
 pub async fn open(url: &str) -> Result<Arc<dyn Store>, OpenError> {
     open_with_schema(url, SchemaPolicy::Migrate).await
 }
 
-/// The same, and says what to do where the schema is older.
+/// Like [`open`], with a policy for a schema that is older than this program.
 ///
 /// # Errors
-/// As [`open`]; and where the schema is older and is to stay so.
+/// Like [`open`]; also if the schema is older and must not be migrated.
 pub async fn open_with_schema(url: &str, schema: SchemaPolicy) -> Result<Arc<dyn Store>, OpenError> {
     Ok(match parse_database_url(url)? {
         DatabaseUrl::SqliteFile(path) => Arc::new(sqlite::SqliteStore::open(path, schema).await?),
@@ -42,15 +41,15 @@ pub async fn open_with_schema(url: &str, schema: SchemaPolicy) -> Result<Arc<dyn
     })
 }
 
-/// Opens a file that was not closed and whose WAL is lost, as it was when the WAL was last copied into it. Once anything is
-/// committed and the store is closed, it is a whole database again.
+/// Opens a file that was not closed and whose WAL is lost, in the state of its last checkpoint. After the next commit
+/// and a close, it is a complete database again.
 ///
 /// # Errors
-/// When its WAL is not lost, it cannot be opened, or the database is none of SQLite.
+/// If the WAL is not lost, the file cannot be opened, or the database is not SQLite.
 pub async fn open_without_wal(url: &str) -> Result<Arc<dyn Store>, OpenError> {
     match parse_database_url(url)? {
         DatabaseUrl::SqliteFile(path) => {
-            // A misspelt path is no new database.
+            // A misspelled path must not become a new database.
             if !Path::new(path).exists() {
                 return Err(OpenError::FileNotFound { path: path.to_owned() });
             }
@@ -58,16 +57,16 @@ pub async fn open_without_wal(url: &str) -> Result<Arc<dyn Store>, OpenError> {
         }
         DatabaseUrl::PostgresServer => Err(OpenError::Unsuitable {
             database: "a PostgreSQL server".to_owned(),
-            what: "it looks after its WAL itself".to_owned(),
+            what: "it manages its WAL by itself".to_owned(),
             fix: "After a restored backup use 'keyward replicas accept-regression' (see docs/operations.md)",
         }),
     }
 }
 
-/// Brings the schema up to date, or only says what that would do. Gives the steps.
+/// Migrates the schema; with `dry_run`, only finds the missing steps. Returns these steps.
 ///
 /// # Errors
-/// When it cannot be opened, is damaged, or belongs to another process or a newer version.
+/// If the database cannot be opened, is damaged, or belongs to another process or to a newer version.
 pub async fn migrate(url: &str, dry_run: bool) -> Result<Vec<MigrationStep>, OpenError> {
     match parse_database_url(url)? {
         DatabaseUrl::SqliteFile(path) => sqlite::SqliteStore::migrate(path, dry_run).await,
@@ -75,10 +74,10 @@ pub async fn migrate(url: &str, dry_run: bool) -> Result<Vec<MigrationStep>, Ope
     }
 }
 
-/// Whether the database can be reached. A file always can.
+/// Checks that the database can be reached. A file always can.
 ///
 /// # Errors
-/// When it cannot: [`OpenError::Unreachable`] where that may pass.
+/// [`OpenError::Unreachable`] if the problem may pass; other errors otherwise.
 pub async fn check_reachable(url: &str) -> Result<(), OpenError> {
     match parse_database_url(url)? {
         DatabaseUrl::SqliteFile(_) => Ok(()),
@@ -86,7 +85,7 @@ pub async fn check_reachable(url: &str) -> Result<(), OpenError> {
     }
 }
 
-/// The SQLite file that `url` names, where its path leads through symbolic links. None = a server has the database.
+/// The SQLite file that `url` names, with symbolic links resolved; `None` for a server.
 #[must_use]
 pub fn sqlite_file(url: &str) -> Option<PathBuf> {
     match parse_database_url(url) {
@@ -97,25 +96,27 @@ pub fn sqlite_file(url: &str) -> Option<PathBuf> {
     }
 }
 
-/// Copies an SQLite file as of one instant to a new file, also while a server owns it. Gives where the copy's log ends.
+/// Copies an SQLite file as of one instant to a new file, even while a server owns it. Returns the end of the log in
+/// the copy.
 ///
 /// # Errors
-/// When it cannot be copied, or the database is none of SQLite: its own tools copy a PostgreSQL server.
+/// If the file cannot be copied, or the database is not SQLite: PostgreSQL has its own backup tools.
 pub async fn backup(url: &str, to: &Path) -> Result<LogHead, OpenError> {
     match parse_database_url(url)? {
         DatabaseUrl::SqliteFile(path) => sqlite::backup(path, to).await,
         DatabaseUrl::PostgresServer => Err(OpenError::Unsuitable {
             database: "a PostgreSQL server".to_owned(),
-            what: "its own tools make its backups".to_owned(),
+            what: "PostgreSQL's tools make its backups".to_owned(),
             fix: "Use pg_dump --format=custom --schema=keyward, or back up the whole server (see docs/operations.md)",
         }),
     }
 }
 
-/// Whether the text of `url` names a database that this program can open. Opens and resolves nothing.
+/// Checks that `url` is well-formed and names a kind of database that this program supports. Opens and resolves
+/// nothing.
 ///
 /// # Errors
-/// [`OpenError::Url`]: what is wrong with it, and what would be right; it repeats no secret.
+/// [`OpenError::Url`]: what is wrong, and what would be right, without secrets.
 pub fn check_url(url: &str) -> Result<(), OpenError> {
     match parse_database_url(url)? {
         DatabaseUrl::SqliteFile(_) => Ok(()),
@@ -123,10 +124,10 @@ pub fn check_url(url: &str) -> Result<(), OpenError> {
     }
 }
 
-/// Opens the store of an SQLite file that must exist, or of a PostgreSQL server: a misspelt path is no new database.
+/// Opens a store, but creates no SQLite file: a misspelled path must not become a new database.
 ///
 /// # Errors
-/// As [`open`]; and [`OpenError::FileNotFound`] if there is no such file.
+/// Like [`open`]; also [`OpenError::FileNotFound`].
 pub async fn open_existing(url: &str) -> Result<Arc<dyn Store>, OpenError> {
     if let DatabaseUrl::SqliteFile(path) = parse_database_url(url)?
         && !Path::new(path).exists()
@@ -160,7 +161,7 @@ fn parse_database_url(url: &str) -> Result<DatabaseUrl<'_>, OpenError> {
     }
 }
 
-/// Whether a text is a plain path that ends as database files do, and so no password.
+/// Whether a text is a plain path with the extension of a database file, and so not a password.
 fn is_database_file_name(text: &str) -> bool {
     let plain = |letter: char| letter.is_ascii_alphanumeric() || "/._-~".contains(letter);
     text.chars().all(plain) && [".db", ".sqlite", ".sqlite3"].iter().any(|end| text.ends_with(end))

@@ -7,86 +7,86 @@ use crate::domain::{
     time::{Revision, Timestamp},
 };
 
-/// Where the log ends.
+/// The end of the log: its newest revision and that entry's hash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogHead {
-    /// The newest revision.
+    /// The newest revision; 0 for an empty log.
     pub revision: Revision,
-    /// Its hash.
+    /// The hash of the entry at `revision`; the genesis hash for an empty log.
     pub hash: ChainHash,
 }
 
-/// A key with what is known of its use.
+/// A key with the last use of each of its secrets.
 #[derive(Clone, Debug)]
 pub struct StoredKey {
-    /// The record.
+    /// The record, with the secrets that belong to it.
     pub key: ApiKey,
-    /// When each secret version was last used, those that left the record included.
+    /// Secret versions with the time of their last use; includes secrets that left the record.
     pub last_used: Vec<(u32, Timestamp)>,
 }
 
-/// Whose keys.
+/// Selects keys by their owner.
 #[derive(Clone, Debug)]
 pub enum OwnerFilter {
-    /// Service keys of this account.
+    /// Service keys that this account owns.
     Account(AccountId),
-    /// User keys of this user.
+    /// Keys that this user owns.
     User(UserId),
-    /// Every key but those of the operator account.
+    /// All keys except those of the operator account.
     ExceptOperator,
 }
 
-/// Which keys of an owner.
+/// Selects keys; a key must match each condition.
 #[derive(Clone, Debug)]
 pub struct KeyFilter {
-    /// Whose.
+    /// The owner, which every list is restricted to.
     pub owner: OwnerFilter,
-    /// Only of this environment.
+    /// If set, only keys of this environment.
     pub environment: Option<EnvironmentName>,
-    /// Only in one of these states at `now`. Empty = in any.
+    /// Only keys in one of these states at `now`; if empty, keys in any state.
     pub states: Vec<ApiKeyState>,
-    /// Only with a name that starts so: in Unicode Normalization Form C.
+    /// Only keys whose name starts with this text, in Unicode Normalization Form C.
     pub name_prefix: String,
-    /// Only created before then, and not used since.
+    /// If set, only keys that were created before this time and not used since.
     pub unused_since: Option<Timestamp>,
-    /// Only expiring before then.
+    /// If set, only keys that expire before this time.
     pub expires_before: Option<Timestamp>,
-    /// Only created before then.
+    /// If set, only keys that were created before this time.
     pub created_before: Option<Timestamp>,
-    /// The instant at which states are told.
+    /// The time at which states are evaluated.
     pub now: Timestamp,
 }
 
-/// Which log entries.
+/// Selects entries of the log; an entry must match each condition that is set.
 #[derive(Clone, Debug, Default)]
 pub struct LogFilter {
-    /// Only about this account.
+    /// Only entries that concern this account.
     pub account: Option<AccountId>,
-    /// Only about this key.
+    /// Only entries that concern this key.
     pub key_id: Option<KeyId>,
-    /// Only by this actor.
+    /// Only entries made by this actor, in its text form.
     pub actor: Option<String>,
-    /// Only from this instant on.
+    /// Only entries at this time or later.
     pub from: Option<Timestamp>,
-    /// Only before this instant.
+    /// Only entries before this time.
     pub to: Option<Timestamp>,
-    /// Only made for this person.
+    /// Only entries made on behalf of this user.
     pub acting_user: Option<UserId>,
-    /// Only of this action.
+    /// Only entries with this action, by its stable name.
     pub action: Option<String>,
-    /// Only after this revision.
+    /// Only entries with a greater revision.
     pub after: Revision,
-    /// The oldest first; else the newest.
+    /// Sorts by ascending revision; otherwise by descending revision.
     pub oldest_first: bool,
 }
 
-/// Up to where the log was archived.
+/// The point up to which the log was archived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ArchiveCheckpoint {
-    /// The last entry that is not in the log any more; the next one leads to its hash.
+    /// The last archived entry. The next entry in the log links to its hash.
     pub head: LogHead,
-    /// How many entries are in files, all archives together.
+    /// The number of entries in all archives together.
     pub entry_count: u64,
-    /// When it was made.
+    /// The time at which the checkpoint was recorded.
     pub made_at: Timestamp,
 }

@@ -1,38 +1,38 @@
-//! The database schema: its migration steps, what to do if it is old, and a check that both backends make before step 9.
+//! The database schema: its migration steps, the policy for an old schema, and the check before step 9.
 
 use super::error::OpenError;
 
-/// What to do where the schema is older than this program.
+/// What to do if the schema is older than this program.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SchemaPolicy {
-    /// Bring it up to date.
+    /// Runs the missing migration steps.
     #[default]
     Migrate,
-    /// Do not open the store.
+    /// Refuses to open the store.
     RequireCurrent,
 }
 
-/// One step of the schema.
+/// One step of the schema, the same in both databases.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MigrationStep {
-    /// Its number.
+    /// The number of the step, counted from 1.
     pub version: i64,
-    /// Its name.
+    /// The name in the file of the step: `start` of `0001_start.sql`.
     pub name: String,
 }
 
-/// Ids of accounts that differ in case alone, next to each other. Both stores read it before the step that makes an index
-/// of them.
+/// Selects ids of accounts that differ only in case, next to each other. Both backends run it before the step that adds
+/// a unique index on folded ids.
 pub(super) const CASE_COLLISIONS: &str = "SELECT id FROM accounts WHERE lower(id) IN \
     (SELECT lower(id) FROM accounts GROUP BY lower(id) HAVING count(*) > 1) ORDER BY lower(id), id";
 
-/// The most ids that an error names.
+/// How many ids the error names at most.
 const MAX_NAMED_IDS: usize = 20;
 
-/// Refuses ids of accounts that differ in case alone: `found` is what [`CASE_COLLISIONS`] gives.
+/// Rejects ids of accounts that differ only in case; `found` is the result of [`CASE_COLLISIONS`].
 ///
 /// # Errors
-/// [`OpenError::Unsuitable`], with the ids and what to do, if there are any.
+/// [`OpenError::Unsuitable`] with the ids and what to do, if there are any.
 pub(super) fn check_account_ids(database: &str, found: &[String]) -> Result<(), OpenError> {
     if found.is_empty() {
         return Ok(());
@@ -47,6 +47,6 @@ pub(super) fn check_account_ids(database: &str, found: &[String]) -> Result<(), 
             ids.join(", ")
         ),
         fix: "Nothing was migrated. No release makes such ids: restore a backup from before they were written into the \
-              database by hand, or go on with the version before and move what uses one of them to another account",
+              database by hand, or use the previous version and move what uses one of them to another account",
     })
 }

@@ -1,4 +1,6 @@
-//! The write requests that a batch consists of, and the outcome of each.
+//! The writes that a batch consists of, and the outcome of each.
+//!
+//! A write carries everything that its transaction needs: nothing else is read to decide it but the tables.
 
 use std::time::Duration;
 
@@ -12,57 +14,57 @@ use crate::domain::{
 
 use super::read_set::ReadSet;
 
-/// How long an idempotency key counts.
+/// How long a repeated request with the same idempotency key returns the first result.
 pub const IDEMPOTENCY_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// A request that may be sent again.
+/// An idempotency key, with what it was sent for.
 #[derive(Clone, Debug)]
 pub struct IdempotentRequest {
-    /// Who sends it.
+    /// The calling key; idempotency keys of different callers are independent.
     pub caller: KeyId,
-    /// The caller's name for it.
+    /// The name that the caller chose for the request.
     pub key: IdempotencyKey,
-    /// SHA-256 over everything it asks.
+    /// SHA-256 of the whole request. Another fingerprint under the same key is rejected.
     pub fingerprint: [u8; 32],
 }
 
-/// One change on its way.
+/// One change of one record, with its log entry and its preconditions.
 #[derive(Clone, Debug)]
 pub struct WriteRequest {
-    /// The record after the change; its own revision is set at commit.
+    /// The record after the change. Its own revision is set by the commit.
     pub change: RecordChange,
-    /// The record's revision that the change is made from; `None` = the record must not exist.
+    /// The revision of the record that the change is based on; `None`: the record must not exist.
     pub expected_revision: Option<Revision>,
-    /// What happens.
+    /// The action that the log entry records.
     pub action: AuditAction,
-    /// Who does it.
+    /// The actor that the log entry records.
     pub actor: Actor,
-    /// The RPC or command.
+    /// The RPC or command that the log entry records.
     pub method: &'static str,
-    /// When.
+    /// The time of the change, which the log entry records.
     pub at: Timestamp,
-    /// The name under which the same request is done once.
+    /// The idempotency key, if the request has one.
     pub idempotency: Option<IdempotentRequest>,
-    /// What was read to authorize it; empty if nobody had to be authorized.
+    /// The records that were read to authorize the change; empty if no authorization was needed.
     pub read_set: ReadSet,
-    /// The limits of the account concerned, to which the transaction holds it; `None` = it is held to none. What takes
-    /// something away never is.
+    /// The limits of the account concerned, which the transaction enforces; `None`: no limit applies. A change that
+    /// only removes rights has none.
     pub limits: Option<AccountLimits>,
 }
 
 impl WriteRequest {
-    /// A change that Keyward makes itself: nobody has to be authorized for it, and no limit holds it.
+    /// A change that Keyward makes by itself: it needs no authorization, and no limit applies.
     #[must_use]
     pub fn from_system(
         change: RecordChange,
-        expect: Option<Revision>,
+        expected_revision: Option<Revision>,
         action: AuditAction,
         method: &'static str,
         at: Timestamp,
     ) -> WriteRequest {
         WriteRequest {
             change,
-            expected_revision: expect,
+            expected_revision,
             action,
             actor: Actor::SYSTEM,
             method,
@@ -74,55 +76,56 @@ impl WriteRequest {
     }
 }
 
-/// What became of one write of a committed batch.
+/// The outcome of one accepted write of a committed batch.
 #[derive(Clone, Debug)]
 pub enum WriteOutcome {
-    /// Recorded.
+    /// The change was recorded; contains the record with its new revision.
     Applied(RecordChange),
-    /// Done before, for this key; nothing was recorded now.
+    /// The same request was recorded earlier and created this key; nothing was recorded now.
     Replayed(KeyId),
 }
 
-/// Why one write of a batch was left out.
+/// The reason why one write of a batch was left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WriteRejection {
-    /// The record is not at the revision expected, or exists already.
+    /// The record is not at the expected revision, or already exists.
     Conflict,
-    /// A record that the authorization has read is no longer as it was, or its time is over: authorize again.
+    /// A record that was read for the authorization has changed, or the authorization has expired. The caller must
+    /// authorize again.
     AuthorizationChanged,
-    /// Another key of the owner that is not revoked has the name.
+    /// Another unrevoked key of the owner has this name.
     NameTaken,
-    /// This account's id differs from the new one only in case.
+    /// The new account id differs only in case from this existing one.
     AccountIdDiffersInCase(AccountId),
-    /// The digest is known already.
+    /// Another secret has the same digest.
     DigestTaken,
-    /// Another request was made under this idempotency key.
+    /// A different request was made under this idempotency key.
     IdempotencyReused,
-    /// A role that the record names does not exist in its account, nor globally.
+    /// The record names a role that exists neither in its account nor globally.
     RoleNotFound,
-    /// The account, or the user, has reached a limit.
+    /// The account or the user has reached a limit.
     AccountLimitReached(AccountLimitReached),
-    /// Registered replicas of an older release could not read the log entry.
+    /// Registered replicas of an older release cannot read the log entry.
     ReplicaTooOld {
-        /// What they cannot read: `scope "repo/write"`.
+        /// The value that they cannot read, such as `scope "repo/write"`.
         value: String,
-        /// Their names; at least one.
+        /// The names of these replicas; at least one.
         replicas: Vec<String>,
     },
-    /// The role to be deleted is in use.
+    /// The role cannot be deleted while it is in use.
     RoleInUse {
-        /// By so many keys that are not revoked.
+        /// The number of unrevoked keys that have the role.
         keys: u64,
-        /// And so many members.
+        /// The number of members that have the role.
         members: u64,
     },
 }
 
-/// A committed batch.
+/// The result of a committed batch.
 #[derive(Debug, Default)]
 pub struct CommittedBatch {
-    /// One for each write, in order.
+    /// One result for each write, in the order of the batch.
     pub outcomes: Vec<Result<WriteOutcome, WriteRejection>>,
-    /// The new log rows with their changes, in revision order.
+    /// The new log entries with their changes, in the order of their revisions.
     pub entries: Vec<(LogEntry, RecordChange)>,
 }

@@ -1,7 +1,7 @@
-//! What an account or a user holds and has done in the present hour, and whether a write fits its limits.
+//! Counts what an account or a user has and has done in the present hour, and checks a write against its limits.
 //!
-//! The tables count: a trigger on the log keeps a row for each account, so that replicas of the version before are counted
-//! too. Here the same is counted for the writes of one run, which are judged before any of them is in the tables.
+//! The tables count by a trigger on the log, so the writes of older replicas are included. This module counts the same
+//! for the writes of one run, which are decided before any of them is in the tables.
 
 use crate::domain::{
     account::{AccountLimitKind, AccountLimitReached, AccountLimits},

@@ -1,5 +1,7 @@
-//! What many keys say alike, parsed once: a million keys have a thousand owners and a few dozen grants, and to parse
-//! each key's scopes would take longer than to read it.
+//! Parses values that many keys share only once.
+//!
+//! A million keys have about a thousand owners and a few dozen policies. Parsing the scopes of each key would take
+//! longer than reading it.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -24,10 +26,10 @@ use super::{
     snapshot_loader::LoadedKey,
 };
 
-/// How many different texts are remembered at the most.
+/// The maximum number of different texts in the cache.
 const MAX_ENTRIES: usize = 65_536;
 
-/// What was parsed already.
+/// Owners and policies that were parsed before.
 #[derive(Default)]
 pub(super) struct KeyParseCache {
     owners: ParseCache<Arc<KeyOwner>>,
@@ -35,7 +37,7 @@ pub(super) struct KeyParseCache {
 }
 
 impl KeyParseCache {
-    /// A key's owner and its policy.
+    /// The owner and the policy of a key.
     pub(super) fn get_or_parse(
         &mut self,
         row: &KeyRow<'_>,
@@ -55,7 +57,7 @@ impl KeyParseCache {
         Ok((owner, policy))
     }
 
-    /// Parses a row; the key gets these secrets: those in its record, and those that left it.
+    /// Parses a row into a key with these secrets: those in its record, and those that left it.
     pub(super) fn load_key<'a>(
         &'a mut self,
         row: &'a KeyRow<'_>,
@@ -103,11 +105,11 @@ impl KeyParseCache {
     }
 }
 
-/// Values by the texts that they were parsed from.
+/// Parsed values by the texts of their columns.
 struct ParseCache<T> {
     indices: HashMap<Box<[u8]>, usize, RandomState>,
     values: Vec<T>,
-    /// The texts that are looked for, one after the other.
+    /// The columns that are looked up, concatenated.
     lookup_key: Vec<u8>,
 }
 
@@ -124,7 +126,7 @@ impl<T> ParseCache<T> {
         parse: impl FnOnce() -> Result<T, String>,
     ) -> Result<&T, String> {
         self.lookup_key.clear();
-        // Each with its length, so that no two rows read alike.
+        // Each with its length, so that different rows have different keys.
         for column in columns {
             let length = column.map_or(u64::MAX, |text| text.len() as u64);
             self.lookup_key.extend(length.to_ne_bytes());

@@ -42,24 +42,24 @@ use super::{
 };
 
 impl PostgresStore {
-    /// Writes what of the batch can be written. `committing` turns true before the message with the COMMIT.
+    /// Writes the accepted writes of a batch. Sets `committing` before it sends the message with the COMMIT.
     async fn write_batch(&self, batch: &[WriteRequest], committing: &mut bool) -> PgResult<CommittedBatch> {
         let mut committed = CommittedBatch::default();
         let mut runs = write_plan::split_into_runs(batch).into_iter();
         let Some(mut run) = runs.next() else { return Ok(committed) };
-        let mut questions = pre_state::pre_state_statements(&PreStateQuery::from_writes(run));
+        let mut statements = pre_state::pre_state_statements(&PreStateQuery::from_writes(run));
         let known = *self.known_head();
-        let asked: Vec<_> =
-            lock_head_statements(known).into_iter().chain(statement_texts(&questions)).collect();
+        let message: Vec<_> =
+            lock_head_statements(known).into_iter().chain(statement_texts(&statements)).collect();
         let (mut session, mut locked) =
-            self.begin_with(&self.begin_statements.read_committed, &asked).await?;
+            self.begin_with(&self.begin_statements.read_committed, &message).await?;
         let mut answers = locked.split_off(2.min(locked.len()));
-        // Others write too; but nothing is built on another history.
+        // Other processes may have written, but nothing may be written on top of another history.
         let mut head = self.verify_continuity(known, &locked)?;
         let mut script = Vec::new();
         loop {
-            let facts = pre_state::read_pre_state(&questions, &answers)?;
-            let plan = write_plan::plan_run(run, facts, head)
+            let state = pre_state::read_pre_state(&statements, &answers)?;
+            let plan = write_plan::plan_run(run, state, head)
                 .map_err(|error| sqlx::Error::Encode(Box::new(error)))?;
             write::write_run(&mut script, &plan);
             head = plan.head;
@@ -67,9 +67,9 @@ impl PostgresStore {
             committed.entries.extend(plan.committed.entries);
             let Some(next) = runs.next() else { break };
             run = next;
-            questions = pre_state::pre_state_statements(&PreStateQuery::from_writes(run));
+            statements = pre_state::pre_state_statements(&PreStateQuery::from_writes(run));
             let written = script.len();
-            script.extend(statement_texts(&questions));
+            script.extend(statement_texts(&statements));
             answers =
                 fetch_statement_rows(session.connection(), std::mem::take(&mut script).join("; ")).await?;
             answers.drain(..written.min(answers.len()));
@@ -87,8 +87,8 @@ impl PostgresStore {
     }
 }
 
-fn statement_texts(questions: &[pre_state::PreStateStatement]) -> impl Iterator<Item = String> {
-    questions.iter().map(|(text, _)| text.clone())
+fn statement_texts(statements: &[pre_state::PreStateStatement]) -> impl Iterator<Item = String> {
+    statements.iter().map(|(text, _)| text.clone())
 }
 
 #[async_trait]
@@ -127,7 +127,7 @@ impl StoreBackend for PostgresStore {
             *self.known_head() = Some(LogHead { revision: row.revision, hash: row.hash });
         }
         result.map_err(|error| {
-            // Another may commit this revision.
+            // Another process may commit this revision.
             self.replica_connections.set_own_commit(None);
             if committing && !is_commit_refused(&error) {
                 CommitError::Unknown(store_error(error))
@@ -151,7 +151,7 @@ impl StoreBackend for PostgresStore {
         if let Some(row) = answers.first().and_then(|rows| rows.first()) {
             let server = row.int(2).map_err(store_error)?;
             second = self.begin_same_snapshot(row.text(0).map_err(store_error)?, server).await;
-            // What the server last counted, if it ever did.
+            // The estimate of the last ANALYZE, if there was one.
             loader.reserve_secrets(
                 row.int(1).ok().and_then(|count| usize::try_from(count).ok()).unwrap_or_default(),
             );
@@ -189,9 +189,9 @@ impl StoreBackend for PostgresStore {
         .map_err(store_error)
     }
 
-    async fn delete_log_entries(&self, upto: Revision, most: u32) -> Result<u64, StoreError> {
+    async fn delete_log_entries(&self, up_to: Revision, limit: u32) -> Result<u64, StoreError> {
         self.transaction(async |connection| {
-            Ok((write::delete_log_entries(connection, upto, most).await?, "COMMIT"))
+            Ok((write::delete_log_entries(connection, up_to, limit).await?, "COMMIT"))
         })
         .await
         .map_err(store_error)
@@ -202,11 +202,11 @@ impl StoreBackend for PostgresStore {
     }
 
     async fn wait_until_lost(&self) {
-        // What is read is checked when it is read.
+        // Data is verified whenever it is read.
         std::future::pending().await
     }
 
-    /// A commit whose answer was lost holds the lock on the head until it is decided.
+    /// A commit whose answer was lost holds the lock on the head until it is decided; so this waits for it.
     async fn resolve_pending_commits(&self) -> Result<(), StoreError> {
         let known = *self.known_head();
         let head = self

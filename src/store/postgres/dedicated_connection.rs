@@ -1,6 +1,7 @@
-//! A connection for one purpose, which no other work can hold up. A statement is one message of text, with its
-//! transaction around it, so that it costs one round trip and passes pgbouncer; answers come as text. Whoever fails
-//! or is given up in the middle leaves no connection behind.
+//! A connection for one purpose, which other work cannot delay.
+//!
+//! A message contains its whole transaction as text, so it takes one round trip and works through pgbouncer. If a call
+//! fails or is dropped, its connection is closed.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -17,7 +18,7 @@ use super::{
     timeouts::{ACQUIRE_TIMEOUT, with_timeout},
 };
 
-/// A way to the server, for one statement at a time; a second one makes a connection of its own.
+/// A lazily opened connection that runs one message at a time. A concurrent message opens another connection.
 pub(super) struct DedicatedConnection {
     options: PgConnectOptions,
     idle: Mutex<Option<PgConnection>>,
@@ -28,7 +29,8 @@ impl DedicatedConnection {
         DedicatedConnection { options, idle: Mutex::default() }
     }
 
-    /// Sends a message and gives its rows. What stands in it must be ours: numbers, hex, names that need no quotes.
+    /// Sends a message and returns its rows. The message must contain only trusted text: numbers, hex, literals, names
+    /// that need no quotes.
     pub(super) async fn fetch_rows(&self, sql: String, limit: Duration) -> PgResult<Vec<PgRow>> {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).take();
         let mut connection = match idle {
@@ -37,13 +39,13 @@ impl DedicatedConnection {
                 with_timeout(ACQUIRE_TIMEOUT.min(limit), PgConnection::connect_with(&self.options)).await?
             }
         };
-        let asked = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut connection);
-        let rows = with_timeout(limit, asked).await?;
+        let query = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut connection);
+        let rows = with_timeout(limit, query).await?;
         *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
         Ok(rows)
     }
 
-    /// Ends the connection, if there is one.
+    /// Closes the connection if there is one.
     pub(super) async fn close(&self) {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(connection) = idle {

@@ -1,4 +1,4 @@
-//! Opens the store on a PostgreSQL server: connects, checks the server, migrates the schema and checks the log's end.
+//! Opens the store on a PostgreSQL server: connects, checks the server, migrates the schema and verifies the log's end.
 
 use sqlx::{Connection as _, PgConnection};
 
@@ -13,16 +13,16 @@ use super::{
     transaction::build_pool,
 };
 
-/// Whether the text of a URL names a server, a database and a schema. Resolves nothing.
+/// Checks that a URL names a server, a database and a schema. Resolves nothing.
 pub(in crate::store) fn check_url(url: &str) -> Result<(), OpenError> {
     PgTarget::parse(url).map(drop)
 }
 
 impl PostgresStore {
-    /// Connects to the server that `url` names, checks it, migrates the schema and checks it.
+    /// Connects to the server that `url` names, checks it, migrates the schema and verifies the newest part of the log.
     ///
     /// # Errors
-    /// When it cannot be reached or trusted, is damaged or newer than this program.
+    /// If the server cannot be reached or trusted, or the database is damaged or newer than this program.
     pub(in crate::store) async fn open(url: &str, schema: SchemaPolicy) -> Result<PostgresStore, OpenError> {
         let target = PgTarget::parse(url)?;
         let synchronous_commit = PostgresStore::check_connection(&target).await?;
@@ -39,9 +39,9 @@ impl PostgresStore {
         }
     }
 
-    /// Connects to the server, and sees that it can be trusted. Gives the durability that its transactions need.
+    /// Connects and checks that the server can be trusted. Returns the durability that transactions need.
     async fn check_connection(target: &PgTarget) -> Result<&'static str, OpenError> {
-        // Not from the pool, which would try again until its time is over and forget why it failed.
+        // Not from the pool, which would retry until its timeout and lose the cause.
         let connecting = PgConnection::connect_with(&target.options);
         let connected = with_timeout(ACQUIRE_TIMEOUT, connecting).await;
         let mut connection = connected.map_err(|error| open_error(target, error))?;
@@ -50,10 +50,10 @@ impl PostgresStore {
         Ok(durable)
     }
 
-    /// Brings the schema up to date, or only says what that would do. Gives the steps.
+    /// Migrates the schema; with `dry_run`, only finds the missing steps. Returns these steps.
     ///
     /// # Errors
-    /// As [`PostgresStore::open`].
+    /// Like [`PostgresStore::open`], for a server or a schema.
     pub(in crate::store) async fn migrate(url: &str, dry_run: bool) -> Result<Vec<MigrationStep>, OpenError> {
         let target = PgTarget::parse(url)?;
         PostgresStore::check_connection(&target).await?;
@@ -64,10 +64,10 @@ impl PostgresStore {
         steps
     }
 
-    /// Whether the server can be reached.
+    /// Checks that the server can be reached.
     ///
     /// # Errors
-    /// When it cannot: [`OpenError::Unreachable`] where that may pass.
+    /// [`OpenError::Unreachable`] if the problem may pass; other errors otherwise.
     pub(in crate::store) async fn check_reachable(url: &str) -> Result<(), OpenError> {
         let target = PgTarget::parse(url)?;
         let connecting = PgConnection::connect_with(&target.options);

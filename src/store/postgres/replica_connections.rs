@@ -1,6 +1,6 @@
 //! The connections of a replica, one for each purpose, and the notifications that arrive on one of them.
 //!
-//! A slow listing of keys must not delay a renewal, so nothing here is shared with the pool.
+//! They are separate from the pool, so that a slow listing of keys cannot delay a renewal.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -17,52 +17,53 @@ use crate::{
 
 use super::{dedicated_connection::DedicatedConnection, target::PgTarget};
 
-/// How long a listener may hear nothing before another takes its place: its connection may be dead.
+/// How long a listener may be silent before it is replaced: its connection may be dead.
 pub(super) const LISTENER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long nobody tries again to listen where a pooler stood in between.
+/// How long to wait before listening again after a pooler was found.
 pub(super) const POOLER_RETRY_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The lines of a replica.
+/// The connections of a replica, and what was learned on them.
 pub(super) struct ReplicaConnections {
-    /// A server, as [`SERVER_START_TIME`] tells, and its identity.
+    /// A server by its [`SERVER_START_TIME`](super::server_identity::SERVER_START_TIME), and its system identifier.
     pub(super) server_identity: Mutex<Option<(i64, String)>>,
     pub(super) renewals: DedicatedConnection,
     pub(super) changes: DedicatedConnection,
     pub(super) registry: DedicatedConnection,
     pub(super) notifications: DedicatedConnection,
     pub(super) listener: tokio::sync::Mutex<Option<PgListener>>,
-    /// What this process commits, or has committed last: it is told of that too.
+    /// The revision that this process is committing or has committed last. It receives a notification of that, too.
     own_commit: Mutex<Option<Revision>>,
 }
 
 impl ReplicaConnections {
-    pub(super) fn new(place: &PgTarget) -> ReplicaConnections {
-        let line = || DedicatedConnection::new(place.options.clone());
+    pub(super) fn new(target: &PgTarget) -> ReplicaConnections {
+        let connection = || DedicatedConnection::new(target.options.clone());
         ReplicaConnections {
             server_identity: Mutex::default(),
-            renewals: line(),
-            changes: line(),
-            registry: line(),
-            notifications: line(),
+            renewals: connection(),
+            changes: connection(),
+            registry: connection(),
+            notifications: connection(),
             listener: tokio::sync::Mutex::default(),
             own_commit: Mutex::default(),
         }
     }
 
-    /// This process holds the lock on the head, and commits up to here; or it has found that it may not have.
-    pub(super) fn set_own_commit(&self, upto: Option<Revision>) {
-        *self.own_commit.lock().unwrap_or_else(PoisonError::into_inner) = upto;
+    /// Records that this process holds the lock on the head and commits this revision; `None`: the commit may have
+    /// failed.
+    pub(super) fn set_own_commit(&self, revision: Option<Revision>) {
+        *self.own_commit.lock().unwrap_or_else(PoisonError::into_inner) = revision;
     }
 
-    /// What a notification says, unless it cannot be read and says nothing then.
+    /// Parses a notification; `None` if it is unreadable.
     pub(super) fn parse_notification(
         &self,
-        place: &PgTarget,
+        target: &PgTarget,
         channel: &str,
         payload: &str,
     ) -> Option<ReplicaNotification> {
-        if channel != place.commit_channel() {
+        if channel != target.commit_channel() {
             return parse_acknowledgment(payload);
         }
         let upto = payload.parse().ok().map(revision_from_i64);
@@ -85,7 +86,7 @@ impl ReplicaConnections {
     }
 }
 
-/// What a replica tells that has acknowledged changes.
+/// The payload of a notification that a replica has acknowledged changes.
 pub(super) fn encode_acknowledgment(id: ReplicaId, upto: Revision) -> String {
     format!("{} {}", id.0.simple(), upto.0)
 }
@@ -114,16 +115,16 @@ mod tests {
 
     #[test]
     fn what_this_process_commits_is_no_news_to_it() {
-        let place = PgTarget::parse("postgres://u@db/keys").unwrap();
-        let lines = ReplicaConnections::new(&place);
-        let hint = |payload| lines.parse_notification(&place, place.commit_channel(), payload);
+        let target = PgTarget::parse("postgres://u@db/keys").unwrap();
+        let connections = ReplicaConnections::new(&target);
+        let hint = |payload| connections.parse_notification(&target, target.commit_channel(), payload);
         assert_eq!(hint("7"), Some(ReplicaNotification::Committed(Some(Revision(7)))));
-        lines.set_own_commit(Some(Revision(7)));
+        connections.set_own_commit(Some(Revision(7)));
         assert_eq!(hint("7"), Some(ReplicaNotification::OwnCommit));
         assert_eq!(hint("8"), Some(ReplicaNotification::Committed(Some(Revision(8)))));
         assert_eq!(hint("?"), Some(ReplicaNotification::Committed(None)));
-        lines.set_own_commit(None);
+        connections.set_own_commit(None);
         assert_eq!(hint("7"), Some(ReplicaNotification::Committed(Some(Revision(7)))));
-        assert_eq!(lines.parse_notification(&place, &place.ack_channel(), "?"), None);
+        assert_eq!(connections.parse_notification(&target, &target.ack_channel(), "?"), None);
     }
 }

@@ -1,7 +1,7 @@
-//! [`ReplicaRegistry`] on PostgreSQL: the replicas' rows, renewals, and the life of the database.
+//! [`ReplicaRegistry`] on PostgreSQL: the rows of replicas, renewals, and the incarnation of the database.
 //!
-//! Each statement goes over a line of its purpose, so that no slow list of keys holds up a renewal. NOTIFY is a hint:
-//! whoever commits sends one, and a listener that hears none for long is replaced.
+//! Each kind of statement has its own connection. NOTIFY is advisory: every commit sends one, and a listener that is
+//! silent for long is replaced.
 
 use std::{collections::HashMap, fmt::Write as _, sync::PoisonError, time::Duration};
 
@@ -45,10 +45,10 @@ use super::{
     timeouts::{ACQUIRE_TIMEOUT, CALL_TIMEOUT, with_timeout},
 };
 
-/// An infinite lease, in `lease_ms` and `longest_ms`.
+/// An infinite lease in the columns `lease_ms` and `longest_ms`.
 const INFINITE_LEASE_MS: i64 = i64::MAX;
 
-/// The server's own identity, which it reads from its disk each time.
+/// The system identifier of the server, which the server reads from its disk each time.
 const SYSTEM_IDENTIFIER: &str = "(SELECT system_identifier::text FROM pg_control_system())";
 const DATABASE_NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
 
@@ -64,7 +64,7 @@ fn lease_from_millis(millis: i64) -> PgResult<LeaseDuration> {
     }
     let length = Duration::from_millis(u64::try_from(millis).unwrap_or(0));
     LeaseDuration::from_duration(length)
-        .ok_or_else(|| sqlx::Error::Decode("meta holds a lease that is none".into()))
+        .ok_or_else(|| sqlx::Error::Decode("meta contains an invalid lease".into()))
 }
 
 fn decode_count(value: i64) -> PgResult<u64> {
@@ -89,17 +89,17 @@ fn decode_log_entries(rows: &[PgRow], columns: std::ops::Range<usize>) -> Result
 }
 
 impl PostgresStore {
-    /// One message: a transaction around `statements`.
+    /// Sends one message: a transaction around `statements`.
     async fn run_transaction(
         &self,
-        line: &DedicatedConnection,
+        connection: &DedicatedConnection,
         statements: &str,
         limit: Duration,
     ) -> PgResult<Vec<PgRow>> {
-        let rows = line
+        let rows = connection
             .fetch_rows(format!("{}; {statements}; COMMIT", self.begin_statements.dedicated), limit)
             .await?;
-        // The first row says which server it is.
+        // The first row identifies the server.
         let mut rows = rows.into_iter();
         let server = rows.next().ok_or(sqlx::Error::RowNotFound)?;
         let server = TextRow::from_pg_row(&server, 0..1)?.int(0)?;
@@ -110,7 +110,7 @@ impl PostgresStore {
         Ok(rows.collect())
     }
 
-    /// What the log ends with, if anything: where an answer's changes lead.
+    /// The end of the delivered changes.
     fn end_position(from: LogPosition, rows: &[LogEntry]) -> LogPosition {
         rows.last().map_or(from, |row| LogPosition { revision: row.revision, hash: row.hash })
     }
@@ -118,9 +118,9 @@ impl PostgresStore {
     async fn send_renewal(&self, renewal: &RenewalRequest) -> Result<RenewalOutcome, StoreError> {
         const META_COLUMNS: usize = 9;
         let sql = renewal_sql(renewal, &self.server_arguments().await.map_err(store_error)?);
-        let asked = self.run_transaction(&self.replica_connections.renewals, &sql, CALL_TIMEOUT);
-        let mut rows = asked.await.map_err(store_error)?;
-        // First whether the row was written; then the changes; then what holds for all.
+        let query = self.run_transaction(&self.replica_connections.renewals, &sql, CALL_TIMEOUT);
+        let mut rows = query.await.map_err(store_error)?;
+        // First whether the row was updated, then the changes, then the state of the database.
         let last = rows.pop().ok_or_else(|| damaged_error("meta", "it has no row"))?;
         let meta = TextRow::from_pg_row(&last, 0..META_COLUMNS).map_err(store_error)?;
         let (written, changes): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| sqlx::Row::len(row) == 1);
@@ -147,8 +147,7 @@ impl PostgresStore {
         Ok(RenewalOutcome { reply, entries: changes, epoch, replica_count: replicas })
     }
 
-    /// A server and its identity, as the functions of the schema take them. What it has said of itself once is not asked
-    /// again while it runs.
+    /// The server and its identity as SQL arguments. The identity is queried once per server.
     async fn server_arguments(&self) -> PgResult<String> {
         let known =
             || self.replica_connections.server_identity.lock().unwrap_or_else(PoisonError::into_inner);
@@ -156,14 +155,14 @@ impl PostgresStore {
         if let Some((server, identity)) = identity {
             return Ok(format!("{}, {}", server.to_sql_literal(), identity.to_sql_literal()));
         }
-        let asked = format!("SELECT {SERVER_START_TIME}, {SYSTEM_IDENTIFIER}");
-        let rows = self.run_transaction(&self.replica_connections.changes, &asked, CALL_TIMEOUT).await?;
+        let query = format!("SELECT {SERVER_START_TIME}, {SYSTEM_IDENTIFIER}");
+        let rows = self.run_transaction(&self.replica_connections.changes, &query, CALL_TIMEOUT).await?;
         let row = TextRow::from_pg_row(rows.first().ok_or(sqlx::Error::RowNotFound)?, 0..2)?;
         *known() = Some((row.int(0)?, row.text(1)?.to_owned()));
         Ok(UNKNOWN_SERVER.to_owned())
     }
 
-    /// The log goes on from what this process knew of it to here. What it knew before may be archived.
+    /// Records that the log continues from what this process knew to this position. Earlier entries may be archived.
     fn advance_known_head(&self, LogPosition { revision, hash }: LogPosition) {
         let mut known = self.known_head();
         if known.is_some_and(|known| known.revision < revision) {
@@ -172,8 +171,8 @@ impl PostgresStore {
     }
 }
 
-/// A renewal's statements. `server_arguments` is what [`PostgresStore::server_arguments`] gives. The changes are asked for before the head: where
-/// somebody commits in between, the changes do not reach the head, and grant nothing.
+/// The statements of a renewal; `server` comes from [`PostgresStore::server_arguments`]. The changes are read before
+/// the head: if another process commits in between, the changes do not reach the head, and nothing is granted.
 fn renewal_sql(renewal: &RenewalRequest, server: &str) -> String {
     let RenewalRequest { id, sequence: counts, applied, settle_incarnation: settle, attempt: _ } = renewal;
     let position = applied.unwrap_or(LogPosition::START);
@@ -235,7 +234,7 @@ fn decode_lease_config(row: &PgRow) -> PgResult<LeaseConfig> {
     Ok(LeaseConfig { lease, longest_lease: longest, epoch: decode_count(row.int(2)?)? })
 }
 
-/// A roster's rows: what `meta` says in each, and a replica, unless there is none.
+/// Decodes rows of the function `roster`: columns of `meta` in each, then a replica, if there is one.
 fn decode_replica_snapshot(rows: &[PgRow]) -> PgResult<ReplicaSnapshot> {
     const META_COLUMNS: usize = 8;
     let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
@@ -280,9 +279,9 @@ fn decode_replica_snapshot(rows: &[PgRow]) -> PgResult<ReplicaSnapshot> {
     })
 }
 
-/// A link of a roster: a revision, a colon, its hash in hex.
+/// Parses an entry hash of `roster`: a revision, a colon, the hash in hex.
 fn parse_entry_hash(text: &str) -> PgResult<(Revision, ChainHash)> {
-    let wrong = || sqlx::Error::Decode("no link where one should be".into());
+    let wrong = || sqlx::Error::Decode("an entry hash is malformed".into());
     let (revision, hash) = text.split_once(':').ok_or_else(wrong)?;
     let byte = |at: usize| u8::from_str_radix(hash.get(2 * at..2 * at + 2)?, 16).ok();
     let bytes: Option<Vec<u8>> = (0..32).map(byte).collect();
@@ -293,9 +292,9 @@ fn parse_entry_hash(text: &str) -> PgResult<(Revision, ChainHash)> {
 #[async_trait]
 impl ReplicaRegistry for PostgresStore {
     async fn lease_config(&self) -> Result<LeaseConfig, StoreError> {
-        let asked = "SELECT lease_ms, longest_ms, epoch FROM meta";
+        let query = "SELECT lease_ms, longest_ms, epoch FROM meta";
         let rows = self
-            .run_transaction(&self.replica_connections.registry, asked, CALL_TIMEOUT)
+            .run_transaction(&self.replica_connections.registry, query, CALL_TIMEOUT)
             .await
             .map_err(store_error)?;
         let row = rows.first().ok_or_else(|| damaged_error("meta", "it has no row"))?;
@@ -351,13 +350,13 @@ impl ReplicaRegistry for PostgresStore {
         self.send_renewal(renewal).await
     }
 
-    /// In a transaction of its own and over a line of its own: whoever tells something waits for all others in the server
-    /// who do, and no renewal is to wait with it.
+    /// In a separate transaction, on a separate connection: NOTIFY waits for all other notifying transactions of the
+    /// server, and must not delay a renewal.
     async fn notify_ack(&self, id: ReplicaId, upto: Revision) -> Result<(), StoreError> {
-        let told = format!("NOTIFY {}, '{}'", self.target.ack_channel(), encode_acknowledgment(id, upto));
+        let message = format!("NOTIFY {}, '{}'", self.target.ack_channel(), encode_acknowledgment(id, upto));
         self.replica_connections
             .notifications
-            .fetch_rows(told, CALL_TIMEOUT)
+            .fetch_rows(message, CALL_TIMEOUT)
             .await
             .map(drop)
             .map_err(store_error)
@@ -377,11 +376,11 @@ impl ReplicaRegistry for PostgresStore {
 
     async fn fetch_changes_after(&self, after: Revision) -> Result<Vec<LogEntry>, StoreError> {
         let after = revision_to_i64(after);
-        let asked = format!(
+        let query = format!(
             "SELECT {LOG_COLUMNS} FROM log WHERE revision > {after} ORDER BY revision LIMIT {MAX_CHANGES_PER_REPLY}"
         );
         let rows = self
-            .run_transaction(&self.replica_connections.changes, &asked, CALL_TIMEOUT)
+            .run_transaction(&self.replica_connections.changes, &query, CALL_TIMEOUT)
             .await
             .map_err(store_error)?;
         decode_log_entries(&rows, 0..LOG_COLUMNS.split(',').count())
@@ -390,9 +389,9 @@ impl ReplicaRegistry for PostgresStore {
     async fn list_replicas(&self, revisions: &[Revision]) -> Result<ReplicaSnapshot, StoreError> {
         let revisions = array_literal(revisions, |revision| revision_to_i64(*revision));
         let server = self.server_arguments().await.map_err(store_error)?;
-        let asked = format!("SELECT * FROM roster({revisions}::bigint[], {server})");
+        let query = format!("SELECT * FROM roster({revisions}::bigint[], {server})");
         let rows = self
-            .run_transaction(&self.replica_connections.registry, &asked, CALL_TIMEOUT)
+            .run_transaction(&self.replica_connections.registry, &query, CALL_TIMEOUT)
             .await
             .map_err(store_error)?;
         decode_replica_snapshot(&rows).map_err(store_error)
@@ -418,21 +417,25 @@ impl ReplicaRegistry for PostgresStore {
             None => match self.connect_listener().await.map_err(store_error)? {
                 Some(listener) => listener,
                 None => {
-                    // Another time there may be none in between.
+                    // The pooler may be gone at the next attempt.
                     tokio::time::sleep(POOLER_RETRY_INTERVAL).await;
                     return Err(connection_lost(
-                        "a pooler stands before the database, and notifications do not pass it",
+                        "a pooler is between this process and the database, and does not pass notifications on",
                     ));
                 }
             },
         };
         loop {
-            // None: the connection has ended, and what came meanwhile is lost.
-            let heard = with_timeout(LISTENER_TIMEOUT, listener.try_recv()).await.map_err(store_error)?;
-            let heard = heard.ok_or_else(|| connection_lost("the connection that listens has ended"))?;
-            if let Some(hint) =
-                self.replica_connections.parse_notification(&self.target, heard.channel(), heard.payload())
-            {
+            // None: the connection has ended, and notifications meanwhile are lost.
+            let notification =
+                with_timeout(LISTENER_TIMEOUT, listener.try_recv()).await.map_err(store_error)?;
+            let notification =
+                notification.ok_or_else(|| connection_lost("the listening connection has ended"))?;
+            if let Some(hint) = self.replica_connections.parse_notification(
+                &self.target,
+                notification.channel(),
+                notification.payload(),
+            ) {
                 *slot = Some(listener);
                 return Ok(hint);
             }
@@ -444,7 +447,7 @@ impl ReplicaRegistry for PostgresStore {
     }
 
     async fn accept_regression(&self) -> Result<u64, StoreError> {
-        // A restored database may count from less than what its replicas have seen: the time is beyond all that.
+        // A restored database may have a lower epoch than its replicas have seen; the time exceeds all of them.
         let set = "UPDATE meta SET epoch = greatest(epoch + 1, extract(epoch FROM clock_timestamp())::bigint) \
                    RETURNING epoch";
         let rows = self
@@ -461,16 +464,18 @@ fn connection_lost(why: &'static str) -> StoreError {
     StoreError::Unavailable(why.into())
 }
 
-/// The server's process for this session, of one that was begun for it or of one that a pooler lent.
+/// The server process of this session, which may be new or lent by a pooler.
 async fn backend_pid(connection: &mut sqlx::PgConnection) -> PgResult<i64> {
     let row = sqlx::raw_sql("SELECT pg_backend_pid()").fetch_one(connection).await?;
     TextRow::from_pg_row(&row, 0..1)?.int(0)
 }
 
 impl PostgresStore {
-    /// A connection that hears notifications; None where a pooler stands in between. There a session that listens would be
-    /// lent to others, who cannot bear what they are told then. It shows in that a new connection gets a session that was
-    /// there before: asked of two, since the first may have been all that the pooler had free.
+    /// A connection that receives notifications; `None` behind a pooler, which would lend the listening session to
+    /// clients that do not expect notifications.
+    ///
+    /// A pooler is detected by a new connection that gets an existing session. Two connections are tried, since the
+    /// first may have used up the pooler's free sessions.
     async fn connect_listener(&self) -> PgResult<Option<PgListener>> {
         const SELECT_KNOWN_PIDS: &str = "SELECT pid FROM pg_stat_activity WHERE usename = current_user";
         let known =
@@ -488,12 +493,12 @@ impl PostgresStore {
         let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ACQUIRE_TIMEOUT);
         let pool = pool.connect_lazy_with(self.target.options.clone());
         let mut listener = with_timeout(ACQUIRE_TIMEOUT, PgListener::connect_with(&pool)).await?;
-        let asked = sqlx::raw_sql("SELECT pg_backend_pid()").fetch_one(&mut listener);
-        let second = TextRow::from_pg_row(&with_timeout(ACQUIRE_TIMEOUT, asked).await?, 0..1)?.int(0)?;
+        let query = sqlx::raw_sql("SELECT pg_backend_pid()").fetch_one(&mut listener);
+        let second = TextRow::from_pg_row(&with_timeout(ACQUIRE_TIMEOUT, query).await?, 0..1)?.int(0)?;
         if known.contains(&second) {
             return Ok(None);
         }
-        // Another connection in its place would have missed something: then this one has ended.
+        // A reconnection would hide that notifications were missed, so the connection must end instead.
         listener.eager_reconnect(false);
         let acknowledgments = self.target.ack_channel();
         with_timeout(ACQUIRE_TIMEOUT, listener.listen_all([self.target.commit_channel(), &acknowledgments]))

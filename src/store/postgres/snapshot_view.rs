@@ -23,11 +23,11 @@ use super::{
     transaction::PgTransaction,
 };
 
-/// One transaction's view.
+/// A view of one or two transactions that see the same revision.
 pub(super) struct PgSnapshotView {
-    /// None while the keys are read, and after that has failed.
+    /// `None` while the keys are read, and after that has failed.
     pub(super) session: Option<PgTransaction>,
-    /// Another transaction that sees the same, until the keys have been read.
+    /// Another transaction with the same snapshot, until the keys have been read.
     pub(super) second_session: Option<PgTransaction>,
 }
 
@@ -55,7 +55,7 @@ impl SnapshotView for PgSnapshotView {
         Ok(())
     }
 
-    /// Reads on tasks of its own, which end if this is given up; their connections are closed then.
+    /// Reads in separate tasks, which end when this future is dropped; their connections are closed then.
     async fn load_keys(
         &mut self,
         forget_before: Timestamp,
@@ -78,7 +78,7 @@ impl SnapshotView for PgSnapshotView {
             let (session, from) = read.map_err(|error| StoreError::Unavailable(error.into()))??;
             match from {
                 ScanDirection::Ascending => self.session = Some(session),
-                // It has nothing to commit.
+                // The second session has nothing to commit.
                 ScanDirection::Descending => drop(with_timeout(CALL_TIMEOUT, session.finish("COMMIT")).await),
             }
         }

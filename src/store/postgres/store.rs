@@ -1,4 +1,4 @@
-//! The store in a schema of a PostgreSQL database: its connections, and what this process knows of the log's end.
+//! The store in a schema of a PostgreSQL database: its connections, and the end of the log as this process knows it.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -25,14 +25,14 @@ use super::{
     transaction::{BeginStatements, PgTransaction, begin_transaction, build_pool},
 };
 
-/// The store in a schema of a PostgreSQL database.
+/// A store in one schema of a PostgreSQL database.
 pub(in crate::store) struct PostgresStore {
     pub(super) target: PgTarget,
     pub(super) pool: PgPool,
     pub(super) begin_statements: BeginStatements,
     pub(super) replica_connections: ReplicaConnections,
-    /// Where the log ended when this process last saw it. Whoever finds another end without having moved it has
-    /// another history before it: a standby that lacked commits, or a backup.
+    /// The end of the log when this process last saw it. If the log does not continue from there, its history was
+    /// replaced: by a backup, or by a standby that lacked commits.
     pub(super) known_head: Mutex<Option<LogHead>>,
     pub(super) seen_servers: SeenServers,
 }
@@ -44,7 +44,7 @@ impl std::fmt::Debug for PostgresStore {
 }
 
 impl PostgresStore {
-    /// A store without a connection yet; `synchronous_commit` is the durability of its transactions.
+    /// A store that has not connected yet; `synchronous_commit` is the durability of its transactions.
     pub(super) fn new(target: PgTarget, synchronous_commit: &str) -> PostgresStore {
         PostgresStore {
             pool: build_pool(&target),
@@ -56,7 +56,7 @@ impl PostgresStore {
         }
     }
 
-    /// Runs `work` in a transaction. It is ended by what `work` says, `COMMIT` or `ROLLBACK`.
+    /// Runs `work` in a transaction, and ends it with the statement that `work` returns: `COMMIT` or `ROLLBACK`.
     pub(super) async fn transaction<T>(
         &self,
         work: impl AsyncFnOnce(&mut PgConnection) -> PgResult<(T, &'static str)>,
@@ -70,16 +70,17 @@ impl PostgresStore {
         .await
     }
 
-    /// Begins a transaction, with `statements` in the same message; gives their rows.
+    /// Begins a transaction, with `statements` in the same message. Returns their rows.
     pub(super) async fn begin_with(
         &self,
-        begins: &str,
+        begin_statement: &str,
         statements: &[String],
     ) -> PgResult<(PgTransaction, Vec<Vec<TextRow>>)> {
-        // What begins is two statements, of which the second says which server it is.
+        // The message begins with two statements; the second returns the identity of the server.
         const BEGIN_ANSWERS: usize = 2;
-        let message =
-            statements.iter().fold(begins.to_owned(), |message, statement| message + "; " + statement);
+        let message = statements
+            .iter()
+            .fold(begin_statement.to_owned(), |message, statement| message + "; " + statement);
         let (session, mut answers) = begin_transaction(&self.pool, &message).await?;
         let rest = answers.split_off(BEGIN_ANSWERS.min(answers.len()));
         let row = answers.get(1).and_then(|rows| rows.first()).ok_or(sqlx::Error::RowNotFound)?;
@@ -87,12 +88,12 @@ impl PostgresStore {
         Ok((session, rest))
     }
 
-    /// Another transaction on the same server that sees what one does that is open. None where that cannot be: all
-    /// connections are in use, or another server answers this time. It only saves time.
+    /// Another transaction on the same server with the same snapshot as an open one. `None` if that is impossible: all
+    /// connections are in use, or another server answers. It only saves time.
     pub(super) async fn begin_same_snapshot(&self, snapshot: &str, server: i64) -> Option<PgTransaction> {
-        // Which server it is is said by the statement after the two that begin.
+        // The statement that returns the identity of the server follows the two that begin.
         const SERVER_ANSWER: usize = 2;
-        // This statement takes nothing but plain text between its quotes.
+        // This statement accepts no escapes between its quotes.
         let plain = snapshot.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
         let same = plain.then(|| format!("; SET TRANSACTION SNAPSHOT '{snapshot}'; "))?;
         match with_timeout(
@@ -101,25 +102,27 @@ impl PostgresStore {
         )
         .await
         {
-            // The number of a snapshot says nothing on another server.
+            // The id of a snapshot is meaningless on another server.
             Ok((session, answers)) => {
-                let says = answers.get(SERVER_ANSWER).and_then(|rows| rows.first()?.int(0).ok());
-                (says == Some(server)).then_some(session)
+                let answered_by = answers.get(SERVER_ANSWER).and_then(|rows| rows.first()?.int(0).ok());
+                (answered_by == Some(server)).then_some(session)
             }
             Err(error) => {
-                tracing::debug!(error = &error as &dyn std::error::Error, "the keys are read by one session");
+                tracing::debug!(
+                    error = &error as &dyn std::error::Error,
+                    "no second session: one session reads the keys"
+                );
                 None
             }
         }
     }
 
-    /// Where the log ended when this process last saw it.
     pub(super) fn known_head(&self) -> MutexGuard<'_, Option<LogHead>> {
         self.known_head.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Holds that the database's log is what this process has seen of it, or goes on from there. `locked` are the answers
-    /// to [`lock_head_statements`].
+    /// Verifies that the log of the database continues from `known`. `locked` are the answers to
+    /// [`lock_head_statements`]. Returns the end of the log.
     pub(super) fn verify_continuity(
         &self,
         known: Option<LogHead>,
@@ -131,7 +134,7 @@ impl PostgresStore {
         let Some(known) = known else { return Ok(head) };
         let linked = match links.first() {
             Some(row) => row.bytes(0)? == known.hash.as_slice(),
-            // Nothing was there, and the log keeps no row of it.
+            // The empty log has no row.
             None => known.revision == Revision::default(),
         };
         if linked && head.revision >= known.revision {
@@ -140,14 +143,15 @@ impl PostgresStore {
         tracing::error!(
             known = known.revision.0,
             found = head.revision.0,
-            "the database has another history than this process has seen: was a backup restored, or did a standby \
-             take over that lacked commits? Nothing is built on it; what was acknowledged last may be lost"
+            "another history: the database does not continue the log that this process knows. Was a backup restored, or did \
+             a standby take over that lacked commits? Nothing is written; the last acknowledged changes may be lost"
         );
         Err(sqlx::Error::Protocol("the database has another history than this process has seen".to_owned()))
     }
 }
 
-/// Locks the head, so that batches come one after the other; and asks for the hash where this process knows it.
+/// Locks the head, so that batches commit one after the other, and selects the hash of the entry that this process
+/// knows.
 pub(super) fn lock_head_statements(known: Option<LogHead>) -> [String; 2] {
     let known = known.map_or(0, |known| revision_to_i64(known.revision));
     [

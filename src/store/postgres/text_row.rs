@@ -1,4 +1,4 @@
-//! Rows of the simple query protocol, whose values come as text.
+//! Rows of the simple query protocol, whose values arrive as text.
 
 use std::{borrow::Cow, ops::Range};
 
@@ -8,7 +8,7 @@ use crate::store::row_decoding::RowColumns;
 
 use super::errors::PgResult;
 
-/// Some columns of a row that came as text.
+/// A range of columns of a row that arrived as text.
 pub(in crate::store) struct TextRow(Vec<TextValue>);
 
 enum TextValue {

@@ -1,7 +1,7 @@
-//! Transactions on pooled connections: how one begins, and messages of several statements.
+//! Begins transactions on pooled connections, and sends messages of several statements.
 //!
-//! A transaction leaves nothing behind in its session. So the settings of a transaction (schema, time limits, durability)
-//! are sent with `BEGIN`, in the same round trip.
+//! A transaction leaves nothing behind in its session. So its settings (schema, time limits, durability) are sent with
+//! `BEGIN`, in the same round trip.
 
 use std::time::Duration;
 
@@ -23,57 +23,57 @@ use super::{
 
 const MAX_CONNECTIONS: u32 = 6;
 
-/// A statement without a name: one with a name would stay in the session.
+/// A statement without a name: a named one would stay in the session.
 pub(super) fn unnamed_query(sql: &'static str) -> sqlx::query::Query<'static, PgDatabase, PgArguments> {
     sqlx::query(sql).persistent(false)
 }
 
-/// Connections for all but the replicas' own lines. None is made yet.
-pub(super) fn build_pool(place: &PgTarget) -> PgPool {
+/// The pool for everything but the dedicated connections of replicas. It connects lazily.
+pub(super) fn build_pool(target: &PgTarget) -> PgPool {
     PgPoolOptions::new()
         .max_connections(MAX_CONNECTIONS)
         .acquire_timeout(ACQUIRE_TIMEOUT)
-        // `begin` finds out for less.
+        // `begin_transaction` detects dead connections at no extra cost.
         .test_before_acquire(false)
-        .connect_lazy_with(place.options.clone())
+        .connect_lazy_with(target.options.clone())
 }
 
-/// How transactions begin. All of them may write: a standby refuses those, and what it says may be old. Nothing here is
-/// worth compiling: where the server guesses a table's size wrong, that takes longer than all of it.
+/// The statements that begin transactions. All of them are read-write: a standby rejects these, and its data may be
+/// old. JIT is off: if the server overestimates a table, compiling takes longer than any query here.
 pub(super) struct BeginStatements {
     pub(super) read_committed: String,
-    /// Of the replicas' lines and of bulk reads. What stands in functions is planned once and for any values; whatever the server knew of
-    /// the tables by then, it goes by their indices.
+    /// For dedicated connections and bulk reads. Functions are planned once, for any values; sequential scans are off,
+    /// whatever the statistics were at that time.
     pub(super) dedicated: String,
     pub(super) repeatable_read: String,
 }
 
 impl BeginStatements {
-    pub(super) fn new(schema: &str, durable: &str) -> Self {
+    pub(super) fn new(schema: &str, synchronous_commit: &str) -> Self {
         let begin = |isolation: &str, limit: Duration| {
             let limit = limit.as_millis();
             let path = format!("\"{schema}\"").to_sql_literal();
             format!(
                 "BEGIN ISOLATION LEVEL {isolation} READ WRITE; SELECT {SERVER_START_TIME}, set_config('search_path', {path}, true), \
-                 set_config('synchronous_commit', '{durable}', true), set_config('statement_timeout', '{limit}', true), \
+                 set_config('synchronous_commit', '{synchronous_commit}', true), set_config('statement_timeout', '{limit}', true), \
                  set_config('idle_in_transaction_session_timeout', '{limit}', true), set_config('jit', 'off', true)"
             )
         };
-        let one = begin("READ COMMITTED", CALL_TIMEOUT);
-        let line = format!(
-            "{one}, set_config('plan_cache_mode', 'force_generic_plan', true), \
+        let read_committed = begin("READ COMMITTED", CALL_TIMEOUT);
+        let dedicated = format!(
+            "{read_committed}, set_config('plan_cache_mode', 'force_generic_plan', true), \
              set_config('enable_seqscan', 'off', true)"
         );
         BeginStatements {
-            read_committed: one,
-            dedicated: line,
+            read_committed,
+            dedicated,
             repeatable_read: begin("REPEATABLE READ", 4 * NEXT_ROW_TIMEOUT),
         }
     }
 }
 
-/// A connection with a transaction. Whoever fails or is given up in the middle leaves it in an unknown state: then it
-/// is closed, and the server ends the transaction.
+/// A connection with an open transaction. If the transaction does not finish (an error, or a dropped future), its state
+/// is unknown: the connection is closed, and the server rolls back.
 pub(super) struct PgTransaction {
     connection: PoolConnection<PgDatabase>,
     pub(super) finished: bool,
@@ -84,7 +84,7 @@ impl PgTransaction {
         &mut self.connection
     }
 
-    /// Ends the transaction with a message that ends with `COMMIT` or `ROLLBACK`; others may have the connection then.
+    /// Sends a message that ends with `COMMIT` or `ROLLBACK`, and returns the connection to the pool.
     pub(super) async fn finish(mut self, ending: impl Into<String>) -> PgResult<()> {
         sqlx::raw_sql(AssertSqlSafe(ending.into())).execute(self.connection()).await?;
         self.finished = true;
@@ -100,8 +100,8 @@ impl Drop for PgTransaction {
     }
 }
 
-/// Begins a transaction with this message; gives the rows of its statements, which change nothing. A connection that died
-/// while it was idle shows here, before anything was changed, and another takes its place.
+/// Begins a transaction with this message, whose statements must not change anything. Returns the rows of each
+/// statement. A connection that died while idle is detected here, before any change, and replaced.
 pub(super) async fn begin_transaction(
     pool: &PgPool,
     message: &str,
@@ -123,14 +123,14 @@ pub(super) async fn begin_transaction(
     }
 }
 
-/// Sends a message of several statements; gives the rows of each of them.
+/// Sends a message of several statements. Returns the rows of each.
 pub(super) async fn fetch_statement_rows(
     connection: &mut PgConnection,
     sql: String,
 ) -> PgResult<Vec<Vec<TextRow>>> {
-    let mut said = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(connection);
+    let mut results = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(connection);
     let (mut answers, mut rows) = (Vec::new(), Vec::new());
-    while let Some(next) = said.try_next().await? {
+    while let Some(next) = results.try_next().await? {
         match next {
             Either::Left(_done) => answers.push(std::mem::take(&mut rows)),
             Either::Right(row) => rows.push(TextRow::from_pg_row(&row, 0..row.len())?),

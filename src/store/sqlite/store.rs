@@ -290,11 +290,11 @@ impl StoreBackend for SqliteStore {
         self.write_transaction(work).await
     }
 
-    async fn delete_log_entries(&self, upto: Revision, most: u32) -> Result<u64, StoreError> {
+    async fn delete_log_entries(&self, up_to: Revision, limit: u32) -> Result<u64, StoreError> {
         let work = move |connection: &Connection| {
             let sql = "DELETE FROM log WHERE revision IN \
                        (SELECT revision FROM log WHERE revision <= ?1 ORDER BY revision LIMIT ?2)";
-            Ok(connection.execute(sql, params![revision_to_i64(upto), most])? as u64)
+            Ok(connection.execute(sql, params![revision_to_i64(up_to), limit])? as u64)
         };
         self.write_transaction(work).await
     }

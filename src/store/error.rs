@@ -35,7 +35,7 @@ pub enum CommitError {
     Unknown(#[source] StoreError),
 }
 
-/// The reason why a database did not open. Each message says what to do.
+/// The reason why a database did not open. Each message includes what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The URL names no known database, or contains something unsupported.

@@ -110,7 +110,7 @@ pub(super) fn fill_placeholders(sql: &str, values: &[String]) -> String {
         let digits = piece.len() - piece.trim_start_matches(|digit: char| digit.is_ascii_digit()).len();
         let (place, rest) = piece.split_at(digits);
         let value = place.parse::<usize>().ok().and_then(|place| values.get(place.checked_sub(1)?));
-        // A placeholder without a value is a bug of ours; the server rejects the statement.
+        // A placeholder without a value is a programming error; the server rejects the statement.
         filled.push_str(value.map_or("$", String::as_str));
         filled.push_str(rest);
     }

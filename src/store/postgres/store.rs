@@ -143,8 +143,8 @@ impl PostgresStore {
         tracing::error!(
             known = known.revision.0,
             found = head.revision.0,
-            "another history: the database does not continue the log that this process knows. Was a backup restored, or did \
-             a standby take over that lacked commits? Nothing is written; the last acknowledged changes may be lost"
+            "the database has another history than this process has seen: was a backup restored, or did a standby \
+             take over that lacked commits? Nothing is written; the last acknowledged changes may be lost"
         );
         Err(sqlx::Error::Protocol("the database has another history than this process has seen".to_owned()))
     }

@@ -10,8 +10,8 @@ use super::errors::open_error;
 /// The first SQLite without the WAL-reset corruption.
 const MIN_SQLITE_VERSION: (u32, u32, u32) = (3, 51, 3);
 
-/// A file of up to so many bytes is checked before it is used. Of a larger one that would hold up the start for
-/// seconds by the gigabyte: its check begins when the keys are loaded, each of which has a checksum of its own.
+/// The size up to which a file is checked before it is used. The check of a larger file would delay the start by
+/// seconds per gigabyte. It begins when the keys are loaded, each of which has a checksum.
 pub(super) const MAX_CHECKED_AT_OPEN: u64 = 64 << 20;
 
 pub(super) async fn check_sqlite_version(connection: &mut SqliteConnection) -> Result<(), OpenError> {
@@ -32,8 +32,8 @@ fn is_version_at_least(found: &str, least: (u32, u32, u32)) -> bool {
     (next(), next(), next()) >= least
 }
 
-/// The file's structure: SQLite's own check, with every index held against its table. The quick one leaves the
-/// indices out, and a List or a name would be looked up in one that has lost entries.
+/// Checks the structure of the file with SQLite's `integrity_check`, which compares every index with its table.
+/// `quick_check` skips the indices, but lists and names are looked up in them.
 pub(super) async fn check_integrity(path: &str, connection: &mut SqliteConnection) -> Result<(), OpenError> {
     let found: String = sqlx::query_scalar("PRAGMA integrity_check(1)")
         .fetch_one(connection)
@@ -42,7 +42,7 @@ pub(super) async fn check_integrity(path: &str, connection: &mut SqliteConnectio
     if found == "ok" { Ok(()) } else { Err(OpenError::Damaged { path: path.to_owned(), what: found }) }
 }
 
-/// Checks a file that is in use, on a connection of its own.
+/// Checks a file that is in use, on a separate connection.
 pub(super) async fn check_in_background(options: SqliteConnectOptions, lost: Sender<bool>) {
     let path = options.get_filename().display().to_string();
     let check = async {
@@ -53,17 +53,14 @@ pub(super) async fn check_in_background(options: SqliteConnectOptions, lost: Sen
         checked
     };
     match check.await {
-        Ok(()) => tracing::info!(path, "the whole database file was checked"),
+        Ok(()) => tracing::info!(path, "database file checked"),
         Err(OpenError::Damaged { path, what }) => {
-            let said = OpenError::Damaged { path, what };
-            tracing::error!(error = &said as &dyn std::error::Error, "the database file is damaged");
+            let error = OpenError::Damaged { path, what };
+            tracing::error!(error = &error as &dyn std::error::Error, "database file damaged");
             lost.send_replace(true);
         }
         Err(error) => {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "the database file could not be checked"
-            );
+            tracing::warn!(error = &error as &dyn std::error::Error, "database file check failed");
         }
     }
 }

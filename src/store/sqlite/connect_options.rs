@@ -6,7 +6,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 
 pub(super) const MAX_SQLX_READERS: u32 = 4;
 
-/// How a file is opened that may be migrated.
+/// The options of the connection that migrates.
 pub(super) fn migration_options(path: &Path) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
         .filename(path)
@@ -16,7 +16,7 @@ pub(super) fn migration_options(path: &Path) -> SqliteConnectOptions {
         .busy_timeout(Duration::from_secs(5))
 }
 
-/// How a file is opened to be read. Such a connection leaves the WAL as it is when it is closed.
+/// The options of a read connection. It leaves the WAL as it is when it is closed.
 pub(super) fn read_only_options(path: &Path) -> SqliteConnectOptions {
     SqliteConnectOptions::new()
         .filename(path)

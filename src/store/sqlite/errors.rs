@@ -1,8 +1,8 @@
-//! SQLite's errors as the store's: what is damage, what is a full disk, and what may pass.
+//! Classifies SQLite's errors from sqlx: damage, a full disk, or a failure that may pass.
 
 use crate::store::{OpenError, StoreError, row_format::damaged_error};
 
-/// SQLite's primary result code.
+/// The primary result code, without the extended part.
 fn primary_code(error: &sqlx::Error) -> Option<u32> {
     let code = error.as_database_error()?.code()?.parse::<u32>().ok()?;
     Some(code & 0xff)

@@ -17,10 +17,10 @@ use crate::{
 
 use super::{errors::store_error, snapshot::SnapshotReader};
 
-/// The view of two transactions that see the same revision.
+/// A view of two transactions that see the same revision.
 pub(super) struct SqliteView<'c> {
     pub(super) connection: &'c mut SqliteConnection,
-    /// What reads the keys.
+    /// Reads the keys; `None` after that.
     pub(super) reader: Option<SnapshotReader>,
 }
 
@@ -33,7 +33,7 @@ impl SnapshotView for SqliteView<'_> {
         query: SqlQuery<sqlx::Sqlite>,
         take: RowVisitor<'_, sqlx::Sqlite>,
     ) -> Result<(), StoreError> {
-        // A snapshot asks for whole tables: there is no value to bind.
+        // A snapshot reads whole tables, so there is no value to bind.
         let (statement, _) = query.into_parts();
         let mut rows = sqlx::query(AssertSqlSafe(statement)).fetch(&mut *self.connection);
         while let Some(row) = rows.try_next().await.map_err(store_error)? {

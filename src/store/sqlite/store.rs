@@ -1,4 +1,4 @@
-//! The store in one SQLite file: opening it, and the backend's operations on it.
+//! The store in one SQLite file: opening it, and the operations of the backend.
 
 use std::{
     path::Path,
@@ -48,20 +48,20 @@ use super::{
     write,
 };
 
-/// The store in one SQLite file.
+/// A store in one SQLite file.
 pub(in crate::store) struct SqliteStore {
     pub(super) writer: SqliteWriter,
-    /// How a reader opens the file.
+    /// The options of a read connection.
     pub(super) read_options: SqliteConnectOptions,
-    /// For snapshots.
+    /// The pool that reads snapshots, except for their keys.
     pub(super) sqlx_readers: SqlitePool,
-    /// For everything else.
+    /// The pool for all other reads.
     pub(super) page_readers: PageReaders,
-    /// Whether the file is to be checked when the keys are loaded.
+    /// Whether the file must be checked when the keys are loaded.
     pub(super) check_pending: AtomicBool,
-    /// Whether the file was found damaged, or is no longer this process's own.
+    /// Whether the file was found damaged, or this process no longer owns it.
     pub(super) lost: Sender<bool>,
-    /// None = the file is only looked at.
+    /// `None` if the file is only inspected.
     pub(super) file_owner: Option<Arc<FileOwner>>,
 }
 
@@ -72,18 +72,18 @@ impl std::fmt::Debug for SqliteStore {
 }
 
 impl SqliteStore {
-    /// Opens or makes the file at `path`, takes ownership, migrates and checks it.
+    /// Opens or creates the file at `path`, takes ownership, migrates and checks it.
     ///
     /// # Errors
-    /// When it is in use, damaged, newer than this program, or cannot be opened.
+    /// If the file is in use, damaged, newer than this program, or cannot be opened.
     pub(in crate::store) async fn open(path: &str, schema: SchemaPolicy) -> Result<SqliteStore, OpenError> {
         SqliteStore::open_checked(path, MAX_CHECKED_AT_OPEN, schema).await
     }
 
-    /// Opens a file whose WAL is lost, as it is without. It stays one that was not closed until something is committed.
+    /// Opens a file whose WAL is lost. Its mark stays "open" until something is committed.
     ///
     /// # Errors
-    /// As [`SqliteStore::open`], and when its WAL is not lost.
+    /// Like [`SqliteStore::open`]; also if the WAL is not lost.
     pub(in crate::store) async fn open_without_wal(path: &str) -> Result<SqliteStore, OpenError> {
         SqliteStore::open_locked(
             path,
@@ -94,10 +94,10 @@ impl SqliteStore {
         .await
     }
 
-    /// Brings the file's schema up to date, or only says what that would do. Gives the steps.
+    /// Migrates the file; with `dry_run`, only finds the missing steps. Returns these steps.
     ///
     /// # Errors
-    /// As [`SqliteStore::open`].
+    /// Like [`SqliteStore::open`], for a file in use or damaged.
     pub(in crate::store) async fn migrate(
         path: &str,
         dry_run: bool,
@@ -119,11 +119,15 @@ impl SqliteStore {
         Ok(steps)
     }
 
-    /// Opens a file, and checks it first if it has up to so many bytes.
-    async fn open_checked(path: &str, first: u64, schema: SchemaPolicy) -> Result<SqliteStore, OpenError> {
-        let held = acquire(path, false).await?;
-        let owner = held.0.clone();
-        let opened = SqliteStore::open_locked(path, held, first, schema).await;
+    /// Opens a file. Checks it first if it has at most `check_limit` bytes.
+    async fn open_checked(
+        path: &str,
+        check_limit: u64,
+        schema: SchemaPolicy,
+    ) -> Result<SqliteStore, OpenError> {
+        let locked = acquire(path, false).await?;
+        let owner = locked.0.clone();
+        let opened = SqliteStore::open_locked(path, locked, check_limit, schema).await;
         let store = opened.map_err(|error| owner.explain_open_error(error))?;
         tokio::spawn(watch_ownership(Arc::downgrade(&owner), store.lost.clone()));
         let begun = store.writer.run(move |connection| owner.begin_term(connection)).await;
@@ -134,7 +138,7 @@ impl SqliteStore {
     async fn open_locked(
         path: &str,
         (owner, writer): (Arc<FileOwner>, SqliteWriter),
-        first: u64,
+        check_limit: u64,
         schema: SchemaPolicy,
     ) -> Result<SqliteStore, OpenError> {
         let other = |source: Box<dyn std::error::Error + Send + Sync>| OpenError::Other {
@@ -145,8 +149,8 @@ impl SqliteStore {
             .await
             .map_err(|error| open_error(path, error))?;
         check_sqlite_version(&mut migrating).await?;
-        let unchecked = std::fs::metadata(path).map_err(|error| other(error.into()))?.len() > first;
-        if !unchecked {
+        let check_pending = std::fs::metadata(path).map_err(|error| other(error.into()))?.len() > check_limit;
+        if !check_pending {
             check_integrity(path, &mut migrating).await?;
         }
         migrate::run_migrations(path, &mut migrating, schema).await?;
@@ -158,7 +162,7 @@ impl SqliteStore {
             .connect_with(options.clone())
             .await
             .map_err(|error| other(error.into()))?;
-        let unchecked = AtomicBool::new(unchecked);
+        let check_pending = AtomicBool::new(check_pending);
         let pages = PageReaders::new(options.get_filename().to_owned());
         let lost = Sender::new(false);
         let store = SqliteStore {
@@ -166,7 +170,7 @@ impl SqliteStore {
             read_options: options,
             sqlx_readers: readers,
             page_readers: pages,
-            check_pending: unchecked,
+            check_pending,
             lost,
             file_owner: Some(owner),
         };
@@ -174,7 +178,8 @@ impl SqliteStore {
         Ok(store)
     }
 
-    /// Does `run` in a transaction, if this process owns the file. `commits` says whether there is something to commit.
+    /// Runs `work` in a transaction if this process owns the file. `commits` decides whether there is something to
+    /// commit.
     async fn transaction<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Connection) -> SqliteResult<T> + Send + 'static,
@@ -190,7 +195,7 @@ impl SqliteStore {
         done
     }
 
-    /// The same of what is always committed.
+    /// Like [`SqliteStore::transaction`], for work that is always committed.
     async fn write_transaction<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Connection) -> SqliteResult<T> + Send + 'static,
@@ -235,7 +240,7 @@ impl StoreBackend for SqliteStore {
         };
         match self.transaction(move |connection| write::write_batch(connection, &batch), commits).await {
             Ok(committed) => Ok(committed),
-            // Without room the commit's last frame is not in the WAL, and without that nothing of it counts.
+            // On a full disk, the last frame of the commit is not in the WAL, and without it nothing is committed.
             Err(error) if committing.load(Ordering::Relaxed) && !matches!(error, StoreError::Full(_)) => {
                 Err(CommitError::Unknown(error))
             }
@@ -249,7 +254,7 @@ impl StoreBackend for SqliteStore {
         loader: &Arc<dyn SnapshotLoader>,
     ) -> Result<LogHead, StoreError> {
         let mut connection = self.sqlx_readers.acquire().await.map_err(store_error)?;
-        // While nobody writes, two transactions that begin see the same.
+        // While nothing is written, two transactions that begin see the same state.
         let writer = self.writer.pause().await?;
         let mut transaction = connection.begin().await.map_err(store_error)?;
         sqlx::query("SELECT head FROM meta").execute(&mut *transaction).await.map_err(store_error)?;
@@ -299,7 +304,7 @@ impl StoreBackend for SqliteStore {
         self.write_transaction(work).await
     }
 
-    /// SQLite has decided a commit when it answers, or when its file is opened again.
+    /// A commit of SQLite is decided when it returns, or when the file is opened again.
     async fn resolve_pending_commits(&self) -> Result<(), StoreError> {
         self.writer.pause().await.map(drop)
     }
@@ -309,7 +314,7 @@ impl StoreBackend for SqliteStore {
     }
 
     async fn wait_until_lost(&self) {
-        // The sender lives as long as `self`.
+        // The sender exists as long as `self`.
         let _ = self.lost.subscribe().wait_for(|lost| *lost).await;
     }
 
@@ -321,7 +326,7 @@ impl StoreBackend for SqliteStore {
         self.sqlx_readers.close().await;
         self.page_readers.close().await;
         let Some(owner) = self.file_owner.clone() else { return };
-        // Last of all, since that folds the WAL into the file; if it fails the next start does it.
+        // The last step, which copies the WAL into the file. If it fails, the next start does it.
         if let Err(error) = owner.release(&self.writer).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "closing the database failed");
         }

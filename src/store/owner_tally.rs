@@ -23,7 +23,7 @@ pub(super) struct OwnerTally {
 }
 
 impl OwnerTally {
-    /// The counts as of an hour. Clocks of replicas differ: what another has counted for the next hour counts for this one.
+    /// The counts as of an hour. Clocks of replicas differ, so counts of the next hour also count for this one.
     fn as_of_hour(self, hour: UsageHour) -> OwnerTally {
         let known = self.hour.filter(|known| *known == hour || known.0 == hour.0 + 1);
         match known {

@@ -253,7 +253,7 @@ pub(super) fn whole_key(
     secrets: Vec<KeySecret>,
     cache: &mut KeyParseCache,
 ) -> Result<ApiKey, StoreError> {
-    with_secrets(cache.load_key(&row, (&[], &[]))?.to_key(), secrets)
+    with_secrets(cache.load_key(row, (&[], &[]))?.to_key(), secrets)
 }
 
 /// A key with all its secrets, the newest first.

@@ -1,11 +1,11 @@
 //! The embedded backend: one SQLite file, owned by one process.
 //!
-//! One connection writes ([`connection`]); a few others read, and each sees whole transactions only. [`store`] puts them
-//! together, [`write`] contains what a transaction writes, and `backend.rs` of the parent the reads.
+//! One connection writes ([`connection`]). A few others read, and each sees whole transactions only. [`store`] puts
+//! them together, and [`write`] contains what a transaction writes. Reads are in `backend.rs` of the parent folder.
 //!
 //! Invariants:
 //! - WAL with `synchronous=FULL`: a committed change survives a power cut.
-//! - A second server refuses to start, and a process that has lost the file stops ([`file_owner`]). Backup tools may read.
+//! - A second server refuses to start, and a process that has lost the file stops ([`file_owner`]).
 //! - A file whose WAL is lost is refused ([`open_mark`]).
 
 mod backup;

@@ -129,26 +129,26 @@ pub(super) struct PreStateQuery {
 
 impl PreStateQuery {
     pub(super) fn from_writes(run: &[WriteRequest]) -> PreStateQuery {
-        let mut asked = PreStateQuery { log_format: LogFence::format(run), ..PreStateQuery::default() };
+        let mut query = PreStateQuery { log_format: LogFence::format(run), ..PreStateQuery::default() };
         for write in run {
             if let Some(request) = &write.idempotency {
-                asked.requests.insert((request.caller, request.key.clone()));
+                query.requests.insert((request.caller, request.key.clone()));
             }
-            asked.add_change(&write.change);
+            query.add_change(&write.change);
             if let (RecordChange::Account(account), None) = (&write.change, write.expected_revision) {
-                asked.folded_accounts.insert(account.id.to_case_folded());
+                query.folded_accounts.insert(account.id.to_case_folded());
             }
-            write.read_set.iter().for_each(|(record, _)| asked.add_read(record));
+            write.read_set.iter().for_each(|(record, _)| query.add_read(record));
             if let Some((_, owner)) = applicable_limits(write) {
                 if let (RecordChange::Role(_), None, Some(account)) =
                     (&write.change, write.expected_revision, owner.account())
                 {
-                    asked.role_counts.insert(account.clone());
+                    query.role_counts.insert(account.clone());
                 }
-                asked.tallies.insert(owner);
+                query.tallies.insert(owner);
             }
         }
-        asked
+        query
     }
 
     /// The writes of a batch share many reads, so each is copied only once.

@@ -43,10 +43,11 @@ struct ReadOnlyServerError(#[source] sqlx::Error);
 
 /// Whether the server accepts no changes at all. A server in recovery rejects `BEGIN … READ WRITE` with a code that has
 /// many other causes; among our statements, only this check raises it.
-fn is_read_only_server(said: &PgDatabaseError) -> bool {
+fn is_read_only_server(server_error: &PgDatabaseError) -> bool {
     const READ_ONLY: &str = "25006";
     const NOT_SUPPORTED: &str = "0A000";
-    said.code() == READ_ONLY || said.code() == NOT_SUPPORTED && said.routine() == Some("call_bool_check_hook")
+    server_error.code() == READ_ONLY
+        || server_error.code() == NOT_SUPPORTED && server_error.routine() == Some("call_bool_check_hook")
 }
 
 const DISK_FULL: &str = "53100";
@@ -54,10 +55,10 @@ const DATA_CORRUPTED: &str = "XX001";
 const INDEX_CORRUPTED: &str = "XX002";
 
 pub(super) fn store_error(error: sqlx::Error) -> StoreError {
-    let said = as_server_error(&error);
-    match said.map(PgDatabaseError::code) {
+    let server_error = as_server_error(&error);
+    match server_error.map(PgDatabaseError::code) {
         Some(DISK_FULL) => StoreError::Full(error.into()),
-        Some(_) if said.is_some_and(is_read_only_server) => {
+        Some(_) if server_error.is_some_and(is_read_only_server) => {
             StoreError::Unavailable(ReadOnlyServerError(error).into())
         }
         Some(DATA_CORRUPTED | INDEX_CORRUPTED) => damaged_error("the PostgreSQL server's data", error),
@@ -72,7 +73,7 @@ pub(super) fn is_transient(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut => true,
         error => as_server_error(error)
-            .is_some_and(|said| PASSING.iter().any(|class| said.code().starts_with(class))),
+            .is_some_and(|server_error| PASSING.iter().any(|class| server_error.code().starts_with(class))),
     }
 }
 

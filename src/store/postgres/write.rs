@@ -270,15 +270,15 @@ pub(super) async fn insert_checkpoint(
 /// Deletes the oldest entries up to a revision. The role has the privilege during this transaction only.
 pub(super) async fn delete_log_entries(
     connection: &mut PgConnection,
-    upto: Revision,
-    most: u32,
+    up_to: Revision,
+    limit: u32,
 ) -> PgResult<u64> {
     sqlx::raw_sql("GRANT DELETE ON log TO CURRENT_USER").execute(&mut *connection).await?;
     let sql = "DELETE FROM log WHERE revision IN \
                (SELECT revision FROM log WHERE revision <= $1 ORDER BY revision LIMIT $2)";
     let taken = unnamed_query(sql)
-        .bind(revision_to_i64(upto))
-        .bind(i64::from(most))
+        .bind(revision_to_i64(up_to))
+        .bind(i64::from(limit))
         .execute(&mut *connection)
         .await?;
     sqlx::raw_sql("REVOKE DELETE ON log FROM CURRENT_USER").execute(connection).await?;

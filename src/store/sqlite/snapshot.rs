@@ -177,10 +177,10 @@ fn read_half_of_keys(
     );
     let mut statement = connection.prepare(&sql)?;
     let mut rows = statement.query(rusqlite::params![forget_before.as_micros(), middle])?;
-    let mut alike = KeyParseCache::default();
-    let mut claims = SecretJoin::new(secrets, forget_before, &mut alike);
+    let mut parse_cache = KeyParseCache::default();
+    let mut join = SecretJoin::new(secrets, forget_before, &mut parse_cache);
     while let Some(row) = rows.next()? {
-        claims.join_key(row, &mut *part)?;
+        join.join_key(row, &mut *part)?;
     }
     part.finish();
     Ok(())

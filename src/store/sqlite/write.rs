@@ -221,14 +221,14 @@ fn put_secrets(connection: &Connection, rows: &[(KeyId, KeySecret)]) -> SqliteRe
 }
 
 fn delete_role(connection: &Connection, role: &Role) -> SqliteResult<()> {
-    let place = [role_account_column(role.account.as_ref()), role.name.as_str()];
-    connection.execute("DELETE FROM roles WHERE account = ?1 AND name = ?2", place)?;
+    let id = [role_account_column(role.account.as_ref()), role.name.as_str()];
+    connection.execute("DELETE FROM roles WHERE account = ?1 AND name = ?2", id)?;
     Ok(())
 }
 
 fn remove_member(connection: &Connection, member: &AccountMember) -> SqliteResult<()> {
-    let place = [member.account.as_str(), member.user.as_str()];
-    connection.execute("DELETE FROM members WHERE account = ?1 AND user_id = ?2", place)?;
+    let id = [member.account.as_str(), member.user.as_str()];
+    connection.execute("DELETE FROM members WHERE account = ?1 AND user_id = ?2", id)?;
     Ok(())
 }
 
@@ -247,8 +247,10 @@ fn store_idempotency_keys(connection: &Connection, plan: &WritePlan<'_>) -> Sqli
     })?;
     let sql = "DELETE FROM idempotency WHERE (caller, key) IN (SELECT caller, key FROM idempotency \
                WHERE created_at < ?1 ORDER BY created_at LIMIT ?2)";
-    let most = 4 * i64::try_from(plan.requests.len()).unwrap_or(i64::MAX / 4);
-    connection.prepare_cached(sql)?.execute([oldest.saturating_sub(IDEMPOTENCY_WINDOW).as_micros(), most])?;
+    let limit = 4 * i64::try_from(plan.requests.len()).unwrap_or(i64::MAX / 4);
+    connection
+        .prepare_cached(sql)?
+        .execute([oldest.saturating_sub(IDEMPOTENCY_WINDOW).as_micros(), limit])?;
     Ok(())
 }
 

@@ -1,5 +1,7 @@
-//! The contract [`Store`], kept once for both databases: a [`StoreBackend`] runs queries and transactions, and what is
-//! asked and how it is read stands here, in `queries.rs` and in `records.rs`.
+//! Implements [`Store`] once for both databases.
+//!
+//! A [`StoreBackend`] runs queries and transactions. `queries.rs` has the SQL of reads, `row_decoding.rs` turns rows
+//! into records. What a transaction writes is the backend's.
 
 use std::sync::Arc;
 
@@ -28,36 +30,35 @@ use super::{
     row_format::damaged_error,
 };
 
-/// How many of the newest log rows a start verifies; all of them is AuditService.Verify's work.
+/// How many of the newest entries are verified at the start. AuditService.Verify verifies all of them.
 const ENTRIES_VERIFIED_AT_OPEN: u64 = 100_000;
 
-/// How many entries one transaction takes out of the log: others write meanwhile.
+/// How many entries one transaction deletes from the log: other writers wait meanwhile.
 const ARCHIVE_DELETE_BATCH: u32 = 10_000;
 
-/// A row of a database.
+/// The row type of a database.
 pub(super) type DatabaseRow<D> = <D as Database>::Row;
 
-/// What takes a row.
+/// Receives the rows of a query one by one.
 pub(super) type RowVisitor<'t, D> = &'t mut (dyn FnMut(&DatabaseRow<D>) -> Result<(), StoreError> + Send);
 
-/// What takes an entry of the log.
+/// Receives entries of the log one by one.
 pub(super) type EntryVisitor<'t> = &'t mut (dyn FnMut(LogEntry) -> Result<(), StoreError> + Send);
 
-/// What a database does for the store.
+/// The operations that a database implements for the store.
 #[async_trait]
 pub(super) trait StoreBackend: Send + Sync + Sized + 'static {
-    /// The database.
     type QueryDatabase: SqlDialect<Row: RowColumns>;
-    /// A row of a query.
+    /// The type of a row that [`StoreBackend::fetch_rows`] returns.
     type QueryRow: RowColumns + Send + Sync;
 
-    /// The rows of one query, which are few: a page, at most.
+    /// The rows of one query, at most one page.
     async fn fetch_rows(
         &self,
         query: SqlQuery<Self::QueryDatabase>,
     ) -> Result<Vec<Self::QueryRow>, StoreError>;
 
-    /// Entries of the log: a page, at most.
+    /// Entries of the log, at most one page.
     async fn fetch_log_page(
         &self,
         query: SqlQuery<Self::QueryDatabase>,
@@ -65,69 +66,68 @@ pub(super) trait StoreBackend: Send + Sync + Sized + 'static {
         fetch_all(self, query, decode_log_entry).await
     }
 
-    /// The keys with these ids, in no order.
+    /// The keys with these ids, in any order.
     async fn fetch_keys_by_id(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError> {
         fetch_keys(self, queries::keys_by_id(ids)).await
     }
 
-    /// [`Store::bulk_reader`].
+    /// Implements [`Store::bulk_reader`] for this database.
     fn bulk(&self, entries: u64) -> Box<dyn BulkReader + '_>;
 
-    /// Gives each entry of the log after a revision to `take`, in order, while they come in.
+    /// Passes each entry of the log after a revision to `take`, in order, while they arrive.
     async fn for_each_entry(&self, after: Revision, take: EntryVisitor<'_>) -> Result<(), StoreError>;
 
-    /// [`Store::commit`].
+    /// Implements [`Store::commit`] for this database.
     async fn commit_batch(&self, batch: &[WriteRequest]) -> Result<CommittedBatch, CommitError>;
 
-    /// [`Store::snapshot`]: opens a view of one revision and gives it to [`snapshot`].
+    /// Implements [`Store::stream_snapshot`]: opens a view of one revision and passes it to [`read_snapshot`].
     async fn load_snapshot(
         &self,
         forget_before: Timestamp,
         loader: &Arc<dyn SnapshotLoader>,
     ) -> Result<LogHead, StoreError>;
 
-    /// [`Store::record_usage`].
+    /// Implements [`Store::record_usage`] for this database.
     async fn write_usage(&self, batch: &UsageBatch) -> Result<Vec<(KeyId, QuotaUsage)>, StoreError>;
 
-    /// [`Store::prune_usage`].
+    /// Implements [`Store::prune_usage`] for this database.
     async fn delete_usage_rows(&self, before: UsageHour) -> Result<(), StoreError>;
 
-    /// Notes a checkpoint, unless it is noted.
+    /// Records a checkpoint, unless it is recorded already.
     async fn insert_checkpoint(&self, checkpoint: &ArchiveCheckpoint) -> Result<(), StoreError>;
 
-    /// Takes entries up to a revision out of the log, at most so many. How many there were.
-    async fn delete_log_entries(&self, upto: Revision, most: u32) -> Result<u64, StoreError>;
+    /// Deletes at most `limit` entries up to a revision, the oldest first. Returns how many it deleted.
+    async fn delete_log_entries(&self, up_to: Revision, limit: u32) -> Result<u64, StoreError>;
 
-    /// [`Store::replica_registry`].
+    /// Implements [`Store::replica_registry`] for this database.
     fn as_replica_registry(self: Arc<Self>) -> Option<Arc<dyn ReplicaRegistry>>;
 
-    /// [`Store::wait_until_unusable`].
+    /// Implements [`Store::wait_until_unusable`] for this database.
     async fn wait_until_lost(&self);
 
-    /// [`Store::settle_pending_commits`].
+    /// Implements [`Store::settle_pending_commits`] for this database.
     async fn resolve_pending_commits(&self) -> Result<(), StoreError>;
 
-    /// [`Store::is_single_server_since`].
+    /// Implements [`Store::is_single_server_since`] for this database.
     fn has_single_server_since(&self, since: Instant) -> bool;
 
-    /// [`Store::close`].
+    /// Implements [`Store::close`] for this database.
     async fn shutdown(&self);
 }
 
 /// Reads that all see the same revision.
 #[async_trait]
 pub(super) trait SnapshotView: Send {
-    /// The database.
     type ViewDatabase: SqlDialect<Row: RowColumns>;
 
-    /// Gives each row of a query to `take`, while it comes in.
+    /// Passes each row of a query to `take` while it arrives.
     async fn for_each_row(
         &mut self,
         query: SqlQuery<Self::ViewDatabase>,
         take: RowVisitor<'_, Self::ViewDatabase>,
     ) -> Result<(), StoreError>;
 
-    /// Gives every key that was not revoked before `forget_before` to `loader`, while they come in.
+    /// Passes every key that was not revoked before `forget_before` to `loader`, while they arrive.
     async fn load_keys(
         &mut self,
         forget_before: Timestamp,
@@ -143,17 +143,17 @@ async fn fetch_all<B: StoreBackend, T>(
     backend.fetch_rows(query).await?.iter().map(record_at).collect()
 }
 
-/// Keys with their secrets, in the order in which they come.
+/// Keys with their secrets, in the order of the rows.
 async fn fetch_keys<B: StoreBackend>(
     backend: &B,
     query: SqlQuery<B::QueryDatabase>,
 ) -> Result<Vec<StoredKey>, StoreError> {
-    let mut gather = KeyAssembler::default();
+    let mut assembler = KeyAssembler::default();
     let mut keys = Vec::new();
     for row in &backend.fetch_rows(query).await? {
-        keys.extend(gather.push_row(row)?);
+        keys.extend(assembler.push_row(row)?);
     }
-    keys.extend(gather.finish()?);
+    keys.extend(assembler.finish()?);
     Ok(keys)
 }
 
@@ -274,9 +274,9 @@ impl<B: StoreBackend> Store for B {
         from: UsageHour,
         to: UsageHour,
     ) -> Result<Vec<UsageCount>, StoreError> {
-        let known =
+        let counts =
             fetch_all(self, queries::usage(key, from, to), |row| decode_usage_count(key, row)).await?;
-        Ok(known.into_iter().flatten().collect())
+        Ok(counts.into_iter().flatten().collect())
     }
 
     async fn prune_usage(&self, before: UsageHour) -> Result<(), StoreError> {
@@ -308,7 +308,7 @@ async fn fetch_checkpoint<B: StoreBackend>(backend: &B) -> Result<Option<Archive
     Ok(fetch_all(backend, queries::checkpoint(), decode_checkpoint).await?.pop())
 }
 
-/// Everything that a Check needs, from one view.
+/// Reads everything that a Check needs from one view.
 pub(super) async fn read_snapshot<V: SnapshotView>(
     view: &mut V,
     forget_before: Timestamp,
@@ -338,19 +338,20 @@ pub(super) async fn read_snapshot<V: SnapshotView>(
     .await?;
     view.load_keys(forget_before, loader).await?;
     view.for_each_row(queries::all_quota_usage(), &mut |row| {
-        let (key_id, spent) = decode_quota_usage(row)?;
-        loader.add_record(SnapshotRecord::QuotaUsage(key_id, spent));
+        let (key_id, usage) = decode_quota_usage(row)?;
+        loader.add_record(SnapshotRecord::QuotaUsage(key_id, usage));
         Ok(())
     })
     .await?;
     Ok(head)
 }
 
-/// The end of the log: the newest rows form a chain that ends where `meta` says. Others may commit while this reads: then
-/// the log has grown beyond, and `meta` with it. What is wrong, if anything is.
+/// Verifies that the newest entries form a chain that ends at the head in `meta`.
+///
+/// Other processes may commit during the check: then both the log and the head have grown.
 pub(super) async fn verify_newest_log<B: StoreBackend>(backend: &B) -> Result<(), StoreError> {
     let broken = |problem: String| Err(damaged_error("the log", problem));
-    // The checkpoint first: it lies before whatever head is read after it.
+    // The checkpoint first: every head that is read later is beyond it.
     let archived = fetch_checkpoint(backend).await?.map(|checkpoint| checkpoint.head);
     let head = backend.log_head().await?;
     let oldest = archived.unwrap_or(LogHead { revision: Revision(0), hash: GENESIS_HASH });
@@ -363,19 +364,19 @@ pub(super) async fn verify_newest_log<B: StoreBackend>(backend: &B) -> Result<()
         };
         last = found;
     }
-    let mut met = last == head;
+    let mut reached = last == head;
     backend
         .for_each_entry(last.revision, &mut |row| {
             if !row.follows(last.revision, &last.hash) {
                 return broken(format!("its hash chain breaks at entry {}", last.revision.next()));
             }
             last = LogHead { revision: row.revision, hash: row.hash };
-            met |= last == head;
+            reached |= last == head;
             Ok(())
         })
         .await?;
     let end = if last.revision > head.revision { backend.log_head().await? } else { head };
-    if met && (last == end || last.revision < end.revision) {
+    if reached && (last == end || last.revision < end.revision) {
         Ok(())
     } else {
         broken(format!("it ends at {}, and should end at {}", last.revision, end.revision))

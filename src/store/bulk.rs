@@ -1,25 +1,26 @@
-//! Reads that go through most of the log and of the keys, such as a verification. They may keep state from page to page,
-//! and see what is committed when each page is read, not one revision.
+//! Reads most of the log and of the keys, as a verification does.
+//!
+//! A reader may keep state between pages. Each page shows what was committed when it was read, not one revision.
 
 use async_trait::async_trait;
 
 use crate::domain::{key::ApiKey, log::LogEntry, name::KeyId, time::Revision};
 
-use super::StoreError;
+use super::error::StoreError;
 
-/// Reads pages of the log, and the keys that it is about. Memory is bounded whatever the size of the tables.
+/// Reads pages of the log and the keys that it concerns. Its memory is bounded, however large the tables are.
 #[async_trait]
 pub trait BulkReader: Send {
-    /// The log after `revision`, in order, at most `limit` rows: as [`Store::log_after`](super::Store::log_after).
+    /// The log after `revision`, as [`Store::list_log_after`](super::Store::list_log_after) returns it.
     async fn log_after(&mut self, revision: Revision, limit: u32) -> Result<Vec<LogEntry>, StoreError>;
 
-    /// The keys with these ids, which must be in ascending order, in that order; those that there are.
+    /// The keys with these ids, which must be ascending, in that order; missing ones are left out.
     ///
-    /// A key that was changed after this reader was made may come with the secrets that it had then.
+    /// A key that changed after this reader was created may come with the secrets that it had then.
     async fn keys_at(&mut self, ids: &[KeyId]) -> Result<Vec<ApiKey>, StoreError>;
 
-    /// The id of each key after `after` with the revision of its record, in the order of ids, at most `limit`. The records
-    /// are not read otherwise, and their checksums not looked at.
+    /// The ids above `after` with the revisions of their records, in ascending order; at most `limit`. Nothing else of
+    /// the records is read, and their checksums are not verified.
     async fn key_revisions(
         &mut self,
         after: Option<KeyId>,

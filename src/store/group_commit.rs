@@ -1,6 +1,9 @@
-//! Group commit: one task per process takes the writes that wait for it, commits them in one transaction, lets
-//! the index see them, and only then answers. So creates scale past one disk sync each, and an acknowledged
-//! change is in force before its caller hears of it.
+//! Commits waiting writes in groups: one task per process.
+//!
+//! The task commits all waiting writes in one transaction, lets the index apply them, and only then replies. So the
+//! rate of creates is not limited by one disk sync each.
+//!
+//! Invariant: an acknowledged change is in force in this process before its caller receives the reply.
 
 use std::{cell::Cell, error::Error, sync::Arc};
 
@@ -19,36 +22,36 @@ use crate::{
     trace::{self, CallPhase},
 };
 
-/// How many writes go into one transaction at the most.
+/// The maximum number of writes in one transaction.
 const MAX_BATCH: usize = 256;
-/// How many writes may wait; past that callers wait for a place.
+/// The maximum number of queued writes; beyond it, callers wait for space in the queue.
 const QUEUE_CAPACITY: usize = 4096;
-/// How often a change that stops something is attempted beside others.
+/// How often a restriction is attempted concurrently with other changes, before it gets an exclusive turn.
 const MAX_SHARED_ATTEMPTS: u32 = 2;
 
 tokio::task_local! {
     static CURRENT_CALL: CallScope;
 }
 
-/// A call in whose course something may be committed.
+/// A call during which something may be committed.
 struct CallScope {
     started_at: Instant,
     recorded: Cell<CallWrites>,
 }
 
-/// What a call has recorded.
+/// The commits that were made during a call.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CallWrites {
-    /// It has committed a change.
+    /// The call has committed a change.
     pub has_committed: bool,
-    /// A commit has shown that what it read was the newest there was: a commit on the server that all of it came from.
-    /// The answer of a call without one rests on what it read.
+    /// A commit has proven that everything the call read was current: it went to the server that all reads came from.
+    /// Without a commit, the reply of the call depends on what it read.
     pub is_linearizable: bool,
 }
 
-/// Does a call's work, and says what it has recorded.
-pub async fn track_call_writes<T>(began: Instant, work: impl Future<Output = T>) -> (T, CallWrites) {
-    let call = CallScope { started_at: began, recorded: Cell::default() };
+/// Runs the work of a call, and returns what it committed.
+pub async fn track_call_writes<T>(started_at: Instant, work: impl Future<Output = T>) -> (T, CallWrites) {
+    let call = CallScope { started_at, recorded: Cell::default() };
     CURRENT_CALL
         .scope(call, async {
             let done = work.await;
@@ -57,41 +60,43 @@ pub async fn track_call_writes<T>(began: Instant, work: impl Future<Output = T>)
         .await
 }
 
-/// Why a write did not happen.
+/// The reason why a write was not made, or may not have been.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
-    /// The store has something against it.
+    /// The store rejected the write; nothing is recorded.
     #[error("the change was rejected: {0:?}")]
     Rejected(WriteRejection),
-    /// Certainly not recorded; shared by the writes of a batch.
+    /// The commit failed, and nothing is recorded. All writes of a batch share the error.
     #[error("the change was not recorded")]
     NotRecorded(#[source] Arc<StoreError>),
-    /// Perhaps recorded; shared by the writes of a batch.
+    /// The write may be recorded. All writes of a batch share the error.
     #[error("whether the change was recorded is unknown")]
     Unknown(#[source] Arc<StoreError>),
-    /// The server is stopping.
+    /// The server is stopping and accepts no more writes.
     #[error("the server is stopping")]
     Stopping,
 }
 
-/// What follows the writes: sees every committed change in revision order, before its caller is answered.
+/// Applies committed changes, such as the index does. It receives each change in the order of revisions, before the
+/// caller gets its reply.
 pub trait ChangeListener: Send + Sync + 'static {
-    /// The newest revision it has seen.
+    /// The newest revision that the listener has applied.
     fn applied_revision(&self) -> Revision;
-    /// Takes newly committed changes.
+    /// Applies changes that this process has just committed.
     fn apply_local(&self, rows: &[(LogEntry, RecordChange)]);
-    /// The same of changes that others have committed, or may have.
+    /// Applies changes that other processes have committed, or may have.
     fn apply_remote(&self, rows: &[(LogEntry, RecordChange)]) {
         self.apply_local(rows);
     }
-    /// A change was asked for and may or may not be recorded: until the log decides, refuse what it refuses.
+    /// Reports a change that may or may not be recorded. Until the log decides, the listener denies whatever the change
+    /// denies.
     fn mark_uncertain(&self, write: &WriteRequest);
-    /// The log has decided. What it does not hold was not recorded; a change that stops a key or an account
-    /// stays in force in this process all the same, since somebody wanted it stopped.
+    /// Reports that the log has decided: what it does not contain was not recorded. A restriction stays in force in
+    /// this process anyway, since a caller asked for it.
     fn resolve_uncertain(&self);
 }
 
-/// What of a commit is counted: how it ended, how long it took, how many changes it brought.
+/// Metrics of commits: their results, durations and numbers of changes.
 #[derive(Debug)]
 pub struct CommitMetrics {
     results: ShardedCounters,
@@ -100,7 +105,7 @@ pub struct CommitMetrics {
 
 impl CommitMetrics {
     const RESULTS: [&str; 3] = ["committed", "not_recorded", "unknown"];
-    /// From 250 µs, a commit that waits for no disk, to 10 s. In nanoseconds.
+    /// Bucket bounds in nanoseconds: from 250 µs, a commit without a disk sync, to 10 s.
     const BOUNDS: [u64; 11] = [
         250_000,
         500_000,
@@ -115,8 +120,8 @@ impl CommitMetrics {
         10_000_000_000,
     ];
 
-    fn record(&self, committed: &Result<CommittedBatch, CommitError>, begun: Instant) {
-        self.durations.record(0, begun.elapsed());
+    fn record(&self, committed: &Result<CommittedBatch, CommitError>, started_at: Instant) {
+        self.durations.record(0, started_at.elapsed());
         let result = match committed {
             Ok(committed) => {
                 self.results.add(Self::RESULTS.len(), committed.entries.len() as u64);
@@ -128,18 +133,18 @@ impl CommitMetrics {
         self.results.add(result, 1);
     }
 
-    /// How many commits ended how: `committed`, `not_recorded` or `unknown`.
+    /// The number of commits by result: `committed`, `not_recorded` or `unknown`.
     pub fn results(&self) -> impl Iterator<Item = (&'static str, u64)> {
         Self::RESULTS.into_iter().enumerate().map(|(at, result)| (result, self.results.get(at)))
     }
 
-    /// How many changes were committed.
+    /// The number of committed changes.
     #[must_use]
     pub fn committed_changes(&self) -> u64 {
         self.results.get(Self::RESULTS.len())
     }
 
-    /// How long commits took, those that failed too.
+    /// The durations of commits, including those that failed.
     #[must_use]
     pub fn durations(&self) -> HistogramSnapshot {
         self.durations.snapshot(0)
@@ -157,20 +162,20 @@ impl Default for CommitMetrics {
 
 enum CommitJob {
     Write(Box<WriteRequest>, WriteReplySender),
-    /// Nothing to write: says when what came before is in force, up to this revision at least.
+    /// Writes nothing. The reply comes when everything queued before is in force, at least up to this revision.
     Barrier(Revision, oneshot::Sender<Result<(), WriteError>>),
 }
 
-/// A turn to attempt a change, until this is dropped.
+/// Permission to attempt a change, until it is dropped.
 #[derive(Debug)]
 pub enum ChangeTurn {
-    /// Beside others.
+    /// Other changes may be attempted at the same time.
     Shared(OwnedRwLockReadGuard<()>),
-    /// While no other change of this process is attempted.
+    /// No other change of this process is attempted meanwhile.
     Exclusive(OwnedRwLockWriteGuard<()>),
 }
 
-/// The way to the writer task; clones lead to the same one.
+/// A handle to the commit task. Clones share the same task.
 #[derive(Clone)]
 pub struct CommitHandle {
     jobs: mpsc::Sender<CommitJob>,
@@ -187,19 +192,19 @@ impl std::fmt::Debug for CommitHandle {
 }
 
 impl CommitHandle {
-    /// Starts the task on the current runtime. It ends when the last `CommitHandle` is gone and its queue is empty. By `now` it
-    /// sees that an authorization has run out before its change is committed.
+    /// Starts the commit task on the current runtime. It ends when the last [`CommitHandle`] is dropped and the queue
+    /// is empty. `now` is used to reject a change whose authorization has expired before the commit.
     #[must_use]
     pub fn spawn(
         store: Arc<dyn Store>,
-        follower: Arc<dyn ChangeListener>,
+        listener: Arc<dyn ChangeListener>,
         now: impl Fn() -> Timestamp + Send + Sync + 'static,
     ) -> (CommitHandle, tokio::task::JoinHandle<()>) {
         let (sender, mut jobs) = mpsc::channel(QUEUE_CAPACITY);
         let commits = Arc::new(CommitMetrics::default());
         let mut committer = GroupCommitter {
             store: store.clone(),
-            listener: follower.clone(),
+            listener: listener.clone(),
             commits: commits.clone(),
             has_unknown_outcome: false,
             now: Box::new(now),
@@ -210,18 +215,17 @@ impl CommitHandle {
                 committer.process_jobs(std::mem::take(&mut batch)).await;
             }
         });
-        (CommitHandle { jobs: sender, change_lock: Arc::default(), listener: follower, store, commits }, task)
+        (CommitHandle { jobs: sender, change_lock: Arc::default(), listener, store, commits }, task)
     }
 
-    /// What was committed, and how that went.
+    /// The metrics of the commit task.
     #[must_use]
     pub fn commits(&self) -> &Arc<CommitMetrics> {
         &self.commits
     }
 
-    /// The turn of an attempt at a change, to be held from when it is authorized until it is answered. A change that stops
-    /// something and has lost to others gets a turn alone: whatever others change meanwhile, it does not lose again to
-    /// this process.
+    /// Waits for a turn to attempt a change; the caller holds it from the authorization to the reply. A restriction
+    /// that has lost to other changes gets an exclusive turn: it cannot lose again to this process.
     pub async fn lock_for_change(&self, action: AuditAction, attempt: u32) -> ChangeTurn {
         match action.is_restriction() && attempt >= MAX_SHARED_ATTEMPTS {
             true => ChangeTurn::Exclusive(self.change_lock.clone().write_owned().await),
@@ -229,22 +233,22 @@ impl CommitHandle {
         }
     }
 
-    /// Makes one change. Returns once it is durable and the follower has applied it.
+    /// Makes one change. Returns when it is durable and the listener has applied it.
     ///
     /// # Errors
-    /// When the store rejects it, fails, or its answer was lost.
+    /// If the store rejects it or fails, or the outcome is unknown.
     pub async fn write(&self, write: WriteRequest) -> Result<WriteOutcome, WriteError> {
-        let (answer, outcome) = oneshot::channel();
+        let (reply, outcome) = oneshot::channel();
         let written = async {
             self.jobs
-                .send(CommitJob::Write(Box::new(write), answer))
+                .send(CommitJob::Write(Box::new(write), reply))
                 .await
                 .map_err(|_| WriteError::Stopping)?;
             outcome.await.map_err(|_| WriteError::Stopping)?
         };
         let outcome = trace::in_phase_span(CallPhase::Commit, written).await?;
         if matches!(outcome, WriteOutcome::Applied(_)) {
-            // Outside of a call nobody asks.
+            // Outside of a call, nothing evaluates it.
             let _ = CURRENT_CALL.try_with(|call| {
                 let proven = self.store.is_single_server_since(call.started_at);
                 call.recorded.set(CallWrites { has_committed: true, is_linearizable: proven });
@@ -253,26 +257,26 @@ impl CommitHandle {
         Ok(outcome)
     }
 
-    /// Returns once everything is in force that is recorded up to `applied_revision`: a record that was read from the store
-    /// may be newer than what the follower has seen.
+    /// Returns when everything recorded up to `revision` is in force. A record that was read from the store may be
+    /// newer than what the listener has applied.
     ///
     /// # Errors
-    /// When what is recorded cannot be found out.
+    /// If the log cannot be read.
     pub async fn wait_applied(&self, revision: Revision) -> Result<(), WriteError> {
         if self.listener.applied_revision() >= revision { Ok(()) } else { self.send_barrier(revision).await }
     }
 
-    /// Returns once everything is in force that was recorded before, by whomever.
+    /// Returns when everything is in force that any process recorded before this call.
     ///
     /// # Errors
-    /// When what is recorded cannot be found out.
+    /// If the log cannot be read.
     pub async fn wait_caught_up(&self) -> Result<(), WriteError> {
         self.send_barrier(Revision(u64::MAX)).await
     }
 
     async fn send_barrier(&self, revision: Revision) -> Result<(), WriteError> {
-        let (answer, done) = oneshot::channel();
-        self.jobs.send(CommitJob::Barrier(revision, answer)).await.map_err(|_| WriteError::Stopping)?;
+        let (reply, done) = oneshot::channel();
+        self.jobs.send(CommitJob::Barrier(revision, reply)).await.map_err(|_| WriteError::Stopping)?;
         done.await.map_err(|_| WriteError::Stopping)?
     }
 }
@@ -283,32 +287,32 @@ struct GroupCommitter {
     store: Arc<dyn Store>,
     listener: Arc<dyn ChangeListener>,
     commits: Arc<CommitMetrics>,
-    /// An outcome is unknown, and the log has not been read since.
+    /// The outcome of a commit is unknown, and the log has not been read since.
     has_unknown_outcome: bool,
     now: Box<dyn Fn() -> Timestamp + Send + Sync>,
 }
 
 impl GroupCommitter {
     async fn process_jobs(&mut self, jobs: Vec<CommitJob>) {
-        let (mut writes, mut answers, mut barriers) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut writes, mut replies, mut barriers) = (Vec::new(), Vec::new(), Vec::new());
         let (mut wanted, now) = (Revision::default(), (self.now)());
         for job in jobs {
             match job {
-                CommitJob::Write(write, answer) if write.read_set.is_expired(now) => {
-                    let _ = answer.send(Err(WriteError::Rejected(WriteRejection::AuthorizationChanged)));
+                CommitJob::Write(write, reply) if write.read_set.is_expired(now) => {
+                    let _ = reply.send(Err(WriteError::Rejected(WriteRejection::AuthorizationChanged)));
                 }
-                CommitJob::Write(write, answer) => {
+                CommitJob::Write(write, reply) => {
                     writes.push(*write);
-                    answers.push(answer);
+                    replies.push(reply);
                 }
-                CommitJob::Barrier(revision, answer) => {
+                CommitJob::Barrier(revision, reply) => {
                     wanted = wanted.max(revision);
-                    barriers.push(answer);
+                    barriers.push(reply);
                 }
             }
         }
         if !writes.is_empty() {
-            self.commit(writes, answers).await;
+            self.commit(writes, replies).await;
         }
         if barriers.is_empty() {
             return;
@@ -316,48 +320,51 @@ impl GroupCommitter {
         let behind = self.has_unknown_outcome || self.listener.applied_revision() < wanted;
         let known = if behind { self.catch_up().await } else { Ok(()) };
         let failed = known.map_err(Arc::new).err();
-        for answer in barriers {
-            let _ = answer.send(failed.clone().map_or(Ok(()), |error| Err(WriteError::Unknown(error))));
+        for reply in barriers {
+            let _ = reply.send(failed.clone().map_or(Ok(()), |error| Err(WriteError::Unknown(error))));
         }
     }
 
-    async fn commit(&mut self, writes: Vec<WriteRequest>, answers: Vec<WriteReplySender>) {
-        // Nothing is built on a state that is not known.
+    async fn commit(&mut self, writes: Vec<WriteRequest>, replies: Vec<WriteReplySender>) {
+        // Nothing may be committed on top of an unknown state.
         if self.has_unknown_outcome
             && let Err(error) = self.catch_up().await
         {
-            return self.handle_failed_commit(&writes, answers, CommitError::NotRecorded(error)).await;
+            return self.handle_failed_commit(&writes, replies, CommitError::NotRecorded(error)).await;
         }
         match self.commit_to_store(&writes).await {
-            Ok(committed) => self.publish_committed(&writes, committed, answers).await,
-            // One bad write must not take the others with it.
+            Ok(committed) => self.publish_committed(&writes, committed, replies).await,
+            // One bad write must not fail the others.
             Err(CommitError::NotRecorded(error @ StoreError::Unavailable(_))) if writes.len() > 1 => {
-                tracing::warn!(error = &error as &dyn Error, "a batch failed; its writes go one by one");
-                for (write, answer) in writes.into_iter().zip(answers) {
-                    self.commit_single(write, answer).await;
+                tracing::warn!(
+                    error = &error as &dyn Error,
+                    "batch failed: committing its writes one by one"
+                );
+                for (write, reply) in writes.into_iter().zip(replies) {
+                    self.commit_single(write, reply).await;
                 }
             }
-            Err(error) => self.handle_failed_commit(&writes, answers, error).await,
+            Err(error) => self.handle_failed_commit(&writes, replies, error).await,
         }
     }
 
-    async fn commit_single(&mut self, write: WriteRequest, answer: WriteReplySender) {
+    async fn commit_single(&mut self, write: WriteRequest, reply: WriteReplySender) {
         let writes = [write];
         if self.has_unknown_outcome
             && let Err(error) = self.catch_up().await
         {
-            return self.handle_failed_commit(&writes, vec![answer], CommitError::NotRecorded(error)).await;
+            return self.handle_failed_commit(&writes, vec![reply], CommitError::NotRecorded(error)).await;
         }
         match self.commit_to_store(&writes).await {
-            Ok(committed) => self.publish_committed(&writes, committed, vec![answer]).await,
-            Err(error) => self.handle_failed_commit(&writes, vec![answer], error).await,
+            Ok(committed) => self.publish_committed(&writes, committed, vec![reply]).await,
+            Err(error) => self.handle_failed_commit(&writes, vec![reply], error).await,
         }
     }
 
     async fn commit_to_store(&self, writes: &[WriteRequest]) -> Result<CommittedBatch, CommitError> {
-        let begun = Instant::now();
+        let started_at = Instant::now();
         let committed = self.store.commit(writes).await;
-        self.commits.record(&committed, begun);
+        self.commits.record(&committed, started_at);
         committed
     }
 
@@ -365,22 +372,22 @@ impl GroupCommitter {
         &mut self,
         writes: &[WriteRequest],
         committed: CommittedBatch,
-        answers: Vec<WriteReplySender>,
+        replies: Vec<WriteReplySender>,
     ) {
         if let Some((first, _)) = committed.entries.first()
             && let Err(error) = self.apply_missing_before(first.revision).await
         {
-            // Recorded, and not in force here before others' changes are.
-            return self.handle_failed_commit(writes, answers, CommitError::Unknown(error)).await;
+            // Recorded, but it cannot be in force here before the changes of other processes are.
+            return self.handle_failed_commit(writes, replies, CommitError::Unknown(error)).await;
         }
         self.listener.apply_local(&committed.entries);
-        for (answer, outcome) in answers.into_iter().zip(committed.outcomes) {
-            // A caller that went away does not hear of it; the change stands.
-            let _ = answer.send(outcome.map_err(WriteError::Rejected));
+        for (reply, outcome) in replies.into_iter().zip(committed.outcomes) {
+            // The caller may be gone; the change is recorded anyway.
+            let _ = reply.send(outcome.map_err(WriteError::Rejected));
         }
     }
 
-    /// Gives the follower what others have committed before this revision.
+    /// Applies what other processes have committed before this revision.
     async fn apply_missing_before(&mut self, before: Revision) -> Result<(), StoreError> {
         while self.listener.applied_revision().next() < before {
             let seen = self.listener.applied_revision();
@@ -388,22 +395,21 @@ impl GroupCommitter {
             rows.retain(|row| row.revision < before);
             self.listener.apply_remote(&decode_changes(rows)?);
             if self.listener.applied_revision() == seen {
-                let what = format!("the log does not go on from entry {seen} as this process knows it");
+                let what = format!("the log does not continue from entry {seen} as this process knows it");
                 return Err(StoreError::Damaged(what));
             }
         }
         Ok(())
     }
 
-    /// Tells the callers, after the follower has learnt what is in doubt and, if it can be read, what the log
-    /// says of it.
+    /// Marks the writes as uncertain, reads the log to decide them if possible, and replies to the callers.
     async fn handle_failed_commit(
         &mut self,
         writes: &[WriteRequest],
-        answers: Vec<WriteReplySender>,
+        replies: Vec<WriteReplySender>,
         error: CommitError,
     ) {
-        tracing::error!(error = &error as &dyn Error, writes = writes.len(), "a commit failed");
+        tracing::error!(error = &error as &dyn Error, writes = writes.len(), "commit failed");
         for write in writes {
             self.listener.mark_uncertain(write);
         }
@@ -413,13 +419,13 @@ impl GroupCommitter {
         };
         self.has_unknown_outcome |= unknown;
         if let Err(error) = self.catch_up().await {
-            // The doubts stay until it can be read.
+            // The writes stay uncertain until the log can be read.
             self.has_unknown_outcome = true;
-            tracing::error!(error = &error as &dyn Error, "the log could not be read after a failed commit");
+            tracing::error!(error = &error as &dyn Error, "reading the log after a failed commit failed");
         }
-        for answer in answers {
+        for reply in replies {
             let error = error.clone();
-            let _ = answer.send(Err(if unknown {
+            let _ = reply.send(Err(if unknown {
                 WriteError::Unknown(error)
             } else {
                 WriteError::NotRecorded(error)
@@ -427,7 +433,7 @@ impl GroupCommitter {
         }
     }
 
-    /// Gives the follower whatever of the log it lacks: after an unknown outcome, the log decides.
+    /// Applies everything of the log that the listener lacks. After an unknown outcome, the log decides.
     async fn catch_up(&mut self) -> Result<(), StoreError> {
         self.store.settle_pending_commits().await?;
         loop {
@@ -439,7 +445,7 @@ impl GroupCommitter {
             let newest = rows.last().map_or(seen, |row| row.revision);
             self.listener.apply_remote(&decode_changes(rows)?);
             if self.listener.applied_revision() < newest {
-                let what = format!("the log does not go on from entry {seen} as this process knows it");
+                let what = format!("the log does not continue from entry {seen} as this process knows it");
                 return Err(StoreError::Damaged(what));
             }
         }

@@ -1,15 +1,18 @@
-//! The log fence: a log entry is committed only if every registered replica can read it. Without it a replica of an older
-//! release would stop at a value that it does not know, in a rolling upgrade, whenever a tenant chose such a value.
+//! Rejects a log entry that a registered replica of an older release could not read.
 //!
-//! A commit asks under its lock on the head, and only if its entries have such a value. From then on the database refuses
-//! the registration of a replica that reads older formats only: see the migration `log_format`. A file has one process,
-//! which reads what it writes, and nothing is asked there.
+//! Without this fence, such a replica would stop at an unknown value during a rolling upgrade, whenever a tenant chose
+//! one.
+//!
+//! A commit checks this under its lock on the head, and only if its entries contain such a value. Afterwards the
+//! database refuses to register a replica that reads only older formats: see the migration `log_format`. An SQLite file
+//! has one process, which reads what it writes, so nothing is checked there.
 
 use crate::domain::log_format::{LogFormat, NewerValue};
 
 use super::{WriteRejection, WriteRequest};
 
-/// A newest format of the log, and the registered replicas that do not read the one asked about. The default refuses nothing.
+/// The newest format in the log, and the registered replicas that cannot read the format in question. The default
+/// rejects nothing.
 #[derive(Debug, Default)]
 pub(super) struct LogFence {
     /// The newest format that the log contains.

@@ -1,7 +1,7 @@
-//! What an account or a user holds and has done in the present hour, and whether a write fits its limits.
+//! Counts what an account or a user has and has done in the present hour, and checks a write against its limits.
 //!
-//! The tables count: a trigger on the log keeps a row for each account, so that replicas of the version before are counted
-//! too. Here the same is counted for the writes of one run, which are judged before any of them is in the tables.
+//! The tables count by a trigger on the log, so the writes of older replicas are included. This module counts the same
+//! for the writes of one run, which are decided before any of them is in the tables.
 
 use crate::domain::{
     account::{AccountLimitKind, AccountLimitReached, AccountLimits},
@@ -23,7 +23,7 @@ pub(super) struct OwnerTally {
 }
 
 impl OwnerTally {
-    /// The counts as of an hour. Clocks of replicas differ: what another has counted for the next hour counts for this one.
+    /// The counts as of an hour. Clocks of replicas differ, so counts of the next hour also count for this one.
     fn as_of_hour(self, hour: UsageHour) -> OwnerTally {
         let known = self.hour.filter(|known| *known == hour || known.0 == hour.0 + 1);
         match known {

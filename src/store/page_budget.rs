@@ -1,5 +1,6 @@
-//! Bounds a page of records in bytes: a page is read from the database in steps, and ends when an answer of it would be
-//! too large for a client.
+//! Limits a page of records in bytes.
+//!
+//! A page is read from the database in steps. It ends before its message becomes too large for a client.
 
 /// The largest page in bytes: most gRPC clients take messages of 4 MiB.
 pub const MAX_PAGE_BYTES: usize = 3 << 20;
@@ -8,7 +9,7 @@ const FIRST_STEP_RECORDS: usize = 50;
 /// The most that one step reads.
 const MAX_STEP_RECORDS: usize = 500;
 
-/// What a page still has room for.
+/// The remaining space of a page.
 #[derive(Debug)]
 pub struct PageBudget {
     max_records: usize,
@@ -23,7 +24,7 @@ impl PageBudget {
         PageBudget { max_records: size as usize, record_count: 0, bytes: 0 }
     }
 
-    /// How many records to read next; 0 when the page is full. As many as fit if they are like those before.
+    /// How many records to read next; 0 if the page is full. It assumes that they are as large as those before.
     #[must_use]
     pub fn next_step_size(&self) -> u32 {
         let left = self.max_records - self.record_count;
@@ -34,7 +35,7 @@ impl PageBudget {
         u32::try_from(left.min(fitting).min(MAX_STEP_RECORDS)).unwrap_or(u32::MAX)
     }
 
-    /// Takes a record of so many bytes, if there is room for it. There always is for the first.
+    /// Adds a record of this size if it fits. The first record always fits.
     #[must_use]
     pub fn try_add(&mut self, bytes: usize) -> bool {
         let fits = self.record_count == 0 || self.bytes + bytes <= MAX_PAGE_BYTES;

@@ -1,24 +1,35 @@
-//! What many keys say alike, parsed once: a million keys have a thousand owners and a few dozen grants, and to parse
-//! each key's scopes would take longer than to read it.
+//! Parses values that many keys share only once.
+//!
+//! A million keys have about a thousand owners and a few dozen policies. Parsing the scopes of each key would take
+//! longer than reading it.
 
-use std::{collections::HashMap, str::FromStr as _, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    str::FromStr as _,
+    sync::Arc,
+};
 
 use foldhash::quality::RandomState;
 use ipnet::IpNet;
 
 use crate::domain::{
-    key::KeyOwner,
+    key::{KeyOwner, KeySecret, Revocation},
     key_policy::KeyPolicy,
-    name::{AccountId, CustomerId, EnvironmentName, NameError, RoleName, UserId},
+    name::{AccountId, CustomerId, EnvironmentName, KeyId, KeyName, NameError, RoleName, UserId},
     scope::{Scope, ScopeSet},
+    time::Timestamp,
 };
 
-use super::row_format::{KeyRow, parse_json, parse_words};
+use super::{
+    error::StoreError,
+    row_format::{KeyRow, damaged_error, parse_json, parse_words, revision_from_i64},
+    snapshot_loader::LoadedKey,
+};
 
-/// How many different texts are remembered at the most.
+/// The maximum number of different texts in the cache.
 const MAX_ENTRIES: usize = 65_536;
 
-/// What was parsed already.
+/// Owners and policies that were parsed before.
 #[derive(Default)]
 pub(super) struct KeyParseCache {
     owners: ParseCache<Arc<KeyOwner>>,
@@ -26,7 +37,7 @@ pub(super) struct KeyParseCache {
 }
 
 impl KeyParseCache {
-    /// A key's owner and its policy.
+    /// The owner and the policy of a key.
     pub(super) fn get_or_parse(
         &mut self,
         row: &KeyRow<'_>,
@@ -45,13 +56,60 @@ impl KeyParseCache {
         let policy = self.policies.get_or_parse(&policy_columns, || parse_policy(row).map(Arc::new))?;
         Ok((owner, policy))
     }
+
+    /// Parses a row into a key with these secrets: those in its record, and those that left it.
+    pub(super) fn load_key<'a>(
+        &'a mut self,
+        row: &'a KeyRow<'_>,
+        secrets: (&'a [KeySecret], &'a [KeySecret]),
+    ) -> Result<LoadedKey<'a>, StoreError> {
+        let id = KeyId::from_bytes(row.id);
+        self.parse_row(id, row, secrets).map_err(|problem| damaged_error(format_args!("key {id}"), problem))
+    }
+
+    fn parse_row<'a>(
+        &'a mut self,
+        id: KeyId,
+        row: &'a KeyRow<'_>,
+        (secrets, retired_secrets): (&'a [KeySecret], &'a [KeySecret]),
+    ) -> Result<LoadedKey<'a>, String> {
+        let (owner, policy) = self.get_or_parse(row)?;
+        let revocation = match (row.revoked_at, row.revoke_reason.as_deref()) {
+            (Some(at), Some(reason)) => Some(Revocation {
+                at: Timestamp::from_micros(at),
+                reason: parse_json(&format!("\"{reason}\""))?,
+                comment: row.revoke_comment.as_deref().unwrap_or_default().to_owned(),
+            }),
+            (None, None) => None,
+            _ => return Err("its revocation is incomplete".to_owned()),
+        };
+        let name = row.name.as_deref();
+        name.map(KeyName::check_stored).transpose().map_err(|error| error.to_string())?;
+        let metadata = row.metadata.as_deref().map(parse_json::<BTreeMap<_, _>>).transpose()?;
+        Ok(LoadedKey {
+            id,
+            owner,
+            policy,
+            name,
+            expires_at: row.expires_at.map(Timestamp::from_micros),
+            metadata: metadata.unwrap_or_default(),
+            created_at: Timestamp::from_micros(row.created_at),
+            created_by: &row.created_by,
+            updated_at: Timestamp::from_micros(row.updated_at),
+            disabled_at: row.disabled_at.map(Timestamp::from_micros),
+            revocation,
+            revision: revision_from_i64(row.revision),
+            secrets,
+            retired_secrets,
+        })
+    }
 }
 
-/// Values by the texts that they were parsed from.
+/// Parsed values by the texts of their columns.
 struct ParseCache<T> {
     indices: HashMap<Box<[u8]>, usize, RandomState>,
     values: Vec<T>,
-    /// The texts that are looked for, one after the other.
+    /// The columns that are looked up, concatenated.
     lookup_key: Vec<u8>,
 }
 
@@ -68,7 +126,7 @@ impl<T> ParseCache<T> {
         parse: impl FnOnce() -> Result<T, String>,
     ) -> Result<&T, String> {
         self.lookup_key.clear();
-        // Each with its length, so that no two rows read alike.
+        // Each with its length, so that different rows have different keys.
         for column in columns {
             let length = column.map_or(u64::MAX, |text| text.len() as u64);
             self.lookup_key.extend(length.to_ne_bytes());

@@ -1,5 +1,7 @@
-//! The rows that answer a run's questions, read as facts: the order of the columns, the same for both databases. How
-//! each is asked for is in `postgres/facts.rs` and in `sqlite/facts.rs`.
+//! Reads the rows that describe the state of the tables before a run of writes.
+//!
+//! The order of the columns is the same for both databases. `postgres/pre_state.rs` and `sqlite/pre_state.rs` have the
+//! statements.
 
 use crate::domain::{
     key::KeyOwner,
@@ -19,10 +21,10 @@ use super::{
 
 pub(super) type PreStateResult<T> = Result<T, sqlx::Error>;
 
-/// What a row of the answer to a question tells.
+/// Adds one row of a statement to the state.
 pub(super) type RowReader<R> = fn(&R, &mut PreState) -> PreStateResult<()>;
 
-/// A column that holds a name.
+/// Parses a column that contains a name.
 fn name_column<T>(
     row: &impl RowColumns,
     column: usize,
@@ -39,25 +41,25 @@ fn version_column(row: &impl RowColumns, column: usize) -> PreStateResult<u32> {
     u32::try_from(row.int(column)?).map_err(|error| sqlx::Error::Decode(Box::new(error)))
 }
 
-/// Caller, key, id of what was made, fingerprint, instant.
-pub(super) fn read_request(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
+/// Columns: caller, idempotency key, id of the created key, fingerprint, time.
+pub(super) fn read_request(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
     let request = RecordedRequest {
         key_id: key_id_column(row, 2)?,
         fingerprint: fixed_bytes(row, 3)?,
         created_at: Timestamp::from_micros(row.int(4)?),
     };
-    facts.requests.insert((key_id_column(row, 0)?, name_column(row, 1, IdempotencyKey::parse)?), request);
+    state.requests.insert((key_id_column(row, 0)?, name_column(row, 1, IdempotencyKey::parse)?), request);
     Ok(())
 }
 
-/// Id and revision.
-pub(super) fn read_key(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
-    facts.keys.insert(key_id_column(row, 0)?, revision_from_i64(row.int(1)?));
+/// Columns: id of the key, revision.
+pub(super) fn read_key(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
+    state.keys.insert(key_id_column(row, 0)?, revision_from_i64(row.int(1)?));
     Ok(())
 }
 
-/// Account or NULL, user or NULL, normalized name, id of the key that has it, the name in its row.
-pub(super) fn read_name(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
+/// Columns: account or NULL, user or NULL, normalized name, id of the key that has it, name in its row.
+pub(super) fn read_name(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
     let owner = match row.text_opt(0)? {
         Some(_) => KeyOwner::Account(name_column(row, 0, AccountId::parse)?),
         None => KeyOwner::User(name_column(row, 1, UserId::parse)?),
@@ -67,60 +69,60 @@ pub(super) fn read_name(row: &impl RowColumns, facts: &mut PreState) -> PreState
         key_id: key_id_column(row, 3)?,
         stored_name: name_column(row, 4, KeyName::from_stored)?,
     };
-    facts.names.entry((owner, name)).or_default().push(holder);
+    state.names.entry((owner, name)).or_default().push(holder);
     Ok(())
 }
 
-/// Digest, key and version of its secret, its end and its checksum.
-pub(super) fn read_digest(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
-    let says = (row.int_opt(3)?.map(Timestamp::from_micros), row.int(4)?);
-    let held = StoredSecret {
+/// Columns: digest, id of the key, version of the secret, its expiry, its checksum.
+pub(super) fn read_digest(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
+    let stored_row = (row.int_opt(3)?.map(Timestamp::from_micros), row.int(4)?);
+    let secret = StoredSecret {
         key_id: key_id_column(row, 1)?,
         version: version_column(row, 2)?,
-        stored_row: Some(says),
+        stored_row: Some(stored_row),
     };
-    facts.digests.insert(TokenDigest::from_bytes(fixed_bytes(row, 0)?), held);
+    state.digests.insert(TokenDigest::from_bytes(fixed_bytes(row, 0)?), secret);
     Ok(())
 }
 
-/// A secret that left its key's record, as [`decode_secret`] reads it, and the key's id.
-pub(super) fn read_retired_secret(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
+/// Columns: those of [`decode_secret`] for a secret that left the record of its key, then the id of the key.
+pub(super) fn read_retired_secret(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
     let id = key_id_column(row, 6)?;
     let secret =
         decode_secret(row, id.as_bytes(), 0, true).map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
-    facts.retired_secrets.insert(id, secret);
+    state.retired_secrets.insert(id, secret);
     Ok(())
 }
 
-/// Id and revision.
-pub(super) fn read_account(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
-    facts.accounts.insert(name_column(row, 0, AccountId::parse)?, revision_from_i64(row.int(1)?));
+/// Columns: id of the account, revision.
+pub(super) fn read_account(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
+    state.accounts.insert(name_column(row, 0, AccountId::parse)?, revision_from_i64(row.int(1)?));
     Ok(())
 }
 
-/// Case-folded id and id.
-pub(super) fn read_folded_account(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
-    facts.folded_accounts.insert(row.text(0)?.to_owned(), name_column(row, 1, AccountId::parse)?);
+/// Columns: case-folded id of the account, its id.
+pub(super) fn read_folded_account(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
+    state.folded_accounts.insert(row.text(0)?.to_owned(), name_column(row, 1, AccountId::parse)?);
     Ok(())
 }
 
-/// Account, which is empty for a global one; name and revision.
-pub(super) fn read_role(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
+/// Columns: account (empty for a global role), name, revision.
+pub(super) fn read_role(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
     let account = if row.text(0)?.is_empty() { None } else { Some(name_column(row, 0, AccountId::parse)?) };
-    let place: RoleId = (account, name_column(row, 1, RoleName::parse)?);
-    facts.roles.insert(place, revision_from_i64(row.int(2)?));
+    let role: RoleId = (account, name_column(row, 1, RoleName::parse)?);
+    state.roles.insert(role, revision_from_i64(row.int(2)?));
     Ok(())
 }
 
-/// Account, user and revision.
-pub(super) fn read_member(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
-    let place = (name_column(row, 0, AccountId::parse)?, name_column(row, 1, UserId::parse)?);
-    facts.members.insert(place, revision_from_i64(row.int(2)?));
+/// Columns: account, user, revision of the membership.
+pub(super) fn read_member(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
+    let member = (name_column(row, 0, AccountId::parse)?, name_column(row, 1, UserId::parse)?);
+    state.members.insert(member, revision_from_i64(row.int(2)?));
     Ok(())
 }
 
-/// Account, which is empty for a user's; user; keys, hour, rotations and entries of the log.
-pub(super) fn read_tally(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
+/// Columns: account (empty for a user), user, keys, hour, rotations, log entries.
+pub(super) fn read_tally(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
     let number = |at| row.int(at).map(|count| u64::try_from(count).unwrap_or(0));
     let owner = match row.text(0)? {
         "" => KeyOwner::User(name_column(row, 1, UserId::parse)?),
@@ -128,29 +130,30 @@ pub(super) fn read_tally(row: &impl RowColumns, facts: &mut PreState) -> PreStat
     };
     let hour = Some(UsageHour(row.int(3)?));
     let tally = OwnerTally { keys: number(2)?, hour, rotations: number(4)?, log_rows: number(5)? };
-    facts.tallies.insert(owner, tally);
+    state.tallies.insert(owner, tally);
     Ok(())
 }
 
-/// Account and how many roles it has.
-pub(super) fn read_role_count(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
+/// Columns: account, number of its roles.
+pub(super) fn read_role_count(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
     let count = u64::try_from(row.int(1)?).unwrap_or(0);
-    facts.role_counts.insert(name_column(row, 0, AccountId::parse)?, count);
+    state.role_counts.insert(name_column(row, 0, AccountId::parse)?, count);
     Ok(())
 }
 
-/// The newest format of the log; name of a replica that does not read the run's, or NULL, and the newest that it reads.
-pub(super) fn log_fence(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
-    facts.fence.newest = LogFormat(version_column(row, 0)?);
+/// Columns: newest format of the log; name of a replica that cannot read the run's format, or NULL; newest format that
+/// this replica reads.
+pub(super) fn log_fence(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
+    state.fence.newest = LogFormat(version_column(row, 0)?);
     if let Some(name) = row.text_opt(1)? {
-        facts.fence.replicas.push((name.to_owned(), LogFormat(version_column(row, 2)?)));
+        state.fence.replicas.push((name.to_owned(), LogFormat(version_column(row, 2)?)));
     }
     Ok(())
 }
 
-/// How many unrevoked keys and how many members have the role.
-pub(super) fn read_role_uses(row: &impl RowColumns, facts: &mut PreState) -> PreStateResult<()> {
+/// Columns: number of unrevoked keys with the role, number of members with it.
+pub(super) fn read_role_uses(row: &impl RowColumns, state: &mut PreState) -> PreStateResult<()> {
     let number = |count: i64| u64::try_from(count).unwrap_or(0);
-    facts.role_uses = (number(row.int(0)?), number(row.int(1)?));
+    state.role_uses = (number(row.int(0)?), number(row.int(1)?));
     Ok(())
 }

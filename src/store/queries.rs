@@ -1,5 +1,7 @@
-//! The reading queries, written once for both databases. They differ only in how a value is passed: bound to a
-//! placeholder, or written out (see `postgres/literal.rs`).
+//! The SQL of reads, written once for both databases.
+//!
+//! The dialects differ in how a value is passed (bound to a placeholder, or as a literal, see
+//! `postgres/sql_literal.rs`) and in a few expressions.
 
 use std::marker::PhantomData;
 
@@ -19,7 +21,7 @@ use super::{
     row_format::{revision_to_i64, role_account_column},
 };
 
-/// A value of one of the three types that both databases keep.
+/// A value of one of the three types that both databases use.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum SqlValue {
     Int(i64),
@@ -27,16 +29,16 @@ pub(super) enum SqlValue {
     Bytes(Vec<u8>),
 }
 
-/// How a database takes values, and where it keeps the latest uses of secrets.
+/// How a database takes values, and where it stores the last uses of secrets.
 pub(super) trait SqlDialect: Database + Sized {
-    /// The latest use of the secret `s`, whose row in `uses` is `u`.
+    /// The last use of the secret `s`, whose row in `uses` is `u`.
     const LAST_USED_EXPRESSION: &'static str;
-    /// Rows with the columns `key_id` and `at`, one or more of them for each secret that was used.
+    /// Rows with the columns `key_id` and `at`: one or more for each secret that was used.
     const USES_SUBQUERY: &'static str;
     /// The name of a row of `select_keys` in Unicode Normalization Form C.
     const NAME_NFC_EXPRESSION: &'static str;
 
-    /// Appends a value to a statement: a placeholder, and the value to `bound`; or the value itself.
+    /// Appends a value to a statement: a placeholder, with the value in `bound`; or a literal.
     fn push_value(statement: &mut String, bound: &mut Vec<SqlValue>, value: SqlValue);
 }
 
@@ -51,7 +53,7 @@ impl SqlDialect for sqlx::Sqlite {
     }
 }
 
-/// A query in the making.
+/// A query under construction.
 pub(super) struct SqlQuery<D: SqlDialect> {
     statement: String,
     bound: Vec<SqlValue>,
@@ -108,7 +110,7 @@ impl<D: SqlDialect> SqlQuery<D> {
         self.push_bound(SqlValue::Bytes(value.as_bytes().to_vec()))
     }
 
-    /// The statement, and the values of its placeholders in their order.
+    /// The statement, and the values of its placeholders in order.
     pub(super) fn into_parts(self) -> (String, Vec<SqlValue>) {
         (self.statement, self.bound)
     }
@@ -230,7 +232,7 @@ pub(super) fn all_members<D: SqlDialect>() -> SqlQuery<D> {
     SqlQuery::select(MEMBER_COLUMNS, " FROM members")
 }
 
-/// What is spent of the quotas of keys that are not revoked.
+/// The quota usage of unrevoked keys.
 pub(super) fn all_quota_usage<D: SqlDialect>() -> SqlQuery<D> {
     SqlQuery::select(
         "q.key_id, q.period, q.used",
@@ -270,7 +272,7 @@ pub(super) fn keys<D: SqlDialect>(filter: &KeyFilter, before: Option<KeyId>, lim
     query.push_sql(") ORDER BY k.id DESC, s.version DESC")
 }
 
-/// Ids and revisions of keys in the order of their ids.
+/// Ids and revisions of keys, in ascending order of their ids.
 pub(super) fn key_revisions<D: SqlDialect>(after: Option<KeyId>, limit: u32) -> SqlQuery<D> {
     let query = SqlQuery::select("id, revision", " FROM keys");
     let query = match after {
@@ -280,7 +282,7 @@ pub(super) fn key_revisions<D: SqlDialect>(after: Option<KeyId>, limit: u32) -> 
     query.push_sql(" ORDER BY id LIMIT ").push_int(limit)
 }
 
-/// The ids of a page, as a subquery: the page is cut before secrets multiply its rows.
+/// The ids of a page, as a subquery: the limit applies before the join with secrets multiplies the rows.
 fn push_key_page<D: SqlDialect>(
     query: SqlQuery<D>,
     filter: &KeyFilter,
@@ -337,7 +339,7 @@ fn push_key_page<D: SqlDialect>(
     query.push_sql(" ORDER BY id DESC LIMIT ").push_int(limit)
 }
 
-/// The condition of a state at `now`, in the order in which states are told.
+/// The condition of a state at `now`, by the same precedence as [`ApiKeyState`].
 fn push_state_condition<D: SqlDialect>(query: SqlQuery<D>, state: ApiKeyState, now: i64) -> SqlQuery<D> {
     match state {
         ApiKeyState::Revoked => query.push_sql("(revoked_at IS NOT NULL)"),

@@ -1,131 +1,135 @@
-//! What the lease protocol asks of a database that several replicas share: the trait [`ReplicaRegistry`]. The rules are
-//! `domain::lease`'s, who drives them is `replication`; here is what one transaction does, and no waiting.
+//! What the lease protocol needs from a database that several replicas share: the trait [`ReplicaRegistry`].
+//!
+//! `domain::lease` has the rules and `replication` drives them. Each method here is one transaction; it never waits for
+//! another replica.
 
 use std::collections::HashMap;
 
 use async_trait::async_trait;
 use tokio::time::Instant;
 
-use super::StoreError;
+use super::error::StoreError;
 use crate::domain::{
     lease::{LeaseDuration, RenewalReply, RenewalRequest, ReplicaId, ReplicaListing},
     log::{ChainHash, LogEntry},
     time::Revision,
 };
 
-/// How many changes one answer holds at the most.
+/// The maximum number of changes in one reply.
 pub const MAX_CHANGES_PER_REPLY: u32 = 1000;
 
-/// A renewal's answer.
+/// The reply to a renewal, with the changes that it delivers.
 #[derive(Clone, Debug)]
 pub struct RenewalOutcome {
-    /// What its transaction saw.
+    /// The state that the transaction of the renewal saw.
     pub reply: RenewalReply,
-    /// The changes that came along, up to `reply.upto`.
+    /// The changes after the acknowledged position, up to `reply.changes_end`.
     pub entries: Vec<LogEntry>,
-    /// See [`LeaseConfig::epoch`].
+    /// The epoch of the database, see [`LeaseConfig::epoch`].
     pub epoch: u64,
-    /// How many replicas there are.
+    /// The number of registered replicas.
     pub replica_count: u64,
 }
 
-/// One reading of the replicas' rows, with what is asked of it.
+/// The rows of all replicas and the end of the log, read in one snapshot.
 #[derive(Clone, Debug)]
 pub struct ReplicaSnapshot {
-    /// The rows.
+    /// The rows, with the lease and the incarnation of the database.
     pub listing: ReplicaListing,
-    /// What people call the replicas.
+    /// The configured names of the replicas.
     pub names: HashMap<ReplicaId, String>,
-    /// The log's links at the revisions that were asked for; those that it does not have are left out.
+    /// The hashes of the requested log entries; missing entries are left out.
     pub entry_hashes: HashMap<Revision, ChainHash>,
-    /// The newest revision.
+    /// The newest revision of the log.
     pub head: Revision,
-    /// Up to where the log was archived: every replica had acknowledged that.
+    /// The last archived revision, which every replica had acknowledged.
     pub archived_up_to: Revision,
-    /// Whether a commit waits for a synchronous standby.
+    /// Whether commits wait for a synchronous standby.
     pub sync_replicated: bool,
 }
 
-/// Something that somebody has been told over the database. It may come late, twice, never, or from anybody.
+/// A notification over the database. Advisory only: it may be late, repeated, lost or forged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplicaNotification {
-    /// Something was committed, up to this revision where that can be read.
+    /// A change was committed, up to this revision if the notification is readable.
     Committed(Option<Revision>),
-    /// This process has committed something itself.
+    /// This process has committed a change itself.
     OwnCommit,
     /// A replica has acknowledged every change up to a revision.
     Acknowledged {
-        /// Which.
+        /// The replica that acknowledged the changes.
         replica: ReplicaId,
-        /// Up to where.
+        /// The newest acknowledged revision.
         up_to: Revision,
     },
 }
 
-/// What the database says to all replicas.
+/// The lease settings that the database gives to all replicas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LeaseConfig {
     /// The lease that a renewal grants.
     pub lease: LeaseDuration,
-    /// The longest that anybody may hold.
+    /// The longest lease that any replica may hold.
     pub longest_lease: LeaseDuration,
-    /// Grows each time that people accept that the database has lost changes, and beyond what it was in any history
-    /// before.
+    /// The epoch, which grows each time an operator accepts that the database has lost changes. It exceeds the epoch of
+    /// every earlier history.
     pub epoch: u64,
 }
 
 /// A database that several replicas share.
 #[async_trait]
 pub trait ReplicaRegistry: Send + Sync + 'static {
-    /// What holds for all.
+    /// Reads the lease settings and the epoch.
     async fn lease_config(&self) -> Result<LeaseConfig, StoreError>;
 
-    /// Sets the lease of a database that holds nothing yet. Whether it did.
+    /// Sets the lease of a database without any log entry. Returns whether it did.
     async fn initialize_lease(&self, lease: LeaseDuration) -> Result<bool, StoreError>;
 
-    /// Grants this lease from now on. A longer one is at once what anybody may hold; a shorter one becomes that by
-    /// [`ReplicaRegistry::finish_lease_change`], when all that were granted before have run out.
+    /// Sets the lease that renewals grant from now on. A longer one is also the longest lease at once; a shorter one
+    /// becomes that by [`ReplicaRegistry::finish_lease_change`], when all leases granted before have expired.
     async fn set_lease(&self, lease: LeaseDuration) -> Result<(), StoreError>;
 
-    /// Nobody holds a longer lease than `lease` any more, which is what renewals grant. Whether they still do.
+    /// Makes `lease` the longest lease, if renewals still grant it: no replica holds a longer one anymore. Returns
+    /// whether they do.
     async fn finish_lease_change(&self, lease: LeaseDuration) -> Result<bool, StoreError>;
 
-    /// Inserts a row, without `applied`, with a `renew_seq` of 0, and with the newest log format that this release reads.
+    /// Inserts a row without an applied position, with a `renew_seq` of 0 and the newest log format that this release
+    /// reads.
     ///
     /// # Errors
-    /// When the database fails, or the log contains entries of a newer format.
+    /// If the database fails, or the log contains entries of a newer format.
     async fn register(&self, id: ReplicaId, name: &str) -> Result<(), StoreError>;
 
-    /// Renews: one durable transaction.
+    /// Renews the lease of a replica in one durable transaction.
     async fn renew_lease(&self, renewal: &RenewalRequest) -> Result<RenewalOutcome, StoreError>;
 
-    /// Tells whoever listens up to where a replica has acknowledged. Nothing hangs on it.
+    /// Notifies the other processes that a replica has acknowledged all changes up to a revision. Advisory only.
     async fn notify_ack(&self, id: ReplicaId, upto: Revision) -> Result<(), StoreError>;
 
-    /// Writes to a row, durably: so what was read since `since`, and before this, was the newest there was. A primary that
-    /// was replaced answers reads and commits nothing. False = it may not have been, for another server has answered
-    /// meanwhile; or the row is gone.
+    /// Writes to the row of a replica, durably. This proves that everything read since `since` was current: a replaced
+    /// primary answers reads but cannot commit. Returns false if another server has answered meanwhile, or the row no
+    /// longer exists.
     async fn confirm_primary(&self, id: ReplicaId, since: Instant) -> Result<bool, StoreError>;
 
-    /// The changes after a revision, in order, at most [`MAX_CHANGES_PER_REPLY`].
+    /// The changes after a revision, in ascending order; at most [`MAX_CHANGES_PER_REPLY`].
     async fn fetch_changes_after(&self, after: Revision) -> Result<Vec<LogEntry>, StoreError>;
 
-    /// Reads the rows, and the links at these revisions, in one snapshot.
+    /// Reads the rows of all replicas and the hashes of these log entries in one snapshot.
     async fn list_replicas(&self, revisions: &[Revision]) -> Result<ReplicaSnapshot, StoreError>;
 
-    /// Deletes a row; with `renew_seq`, only if its count still is that. Whether there was one.
+    /// Deletes the row of a replica; with `renew_seq`, only if the row still has that count. Returns whether a row was
+    /// deleted.
     async fn deregister(&self, id: ReplicaId, renew_seq: Option<u64>) -> Result<bool, StoreError>;
 
-    /// Waits until something seems to have been committed or acknowledged. It may say so too often, and never where the
-    /// way to the database passes no notifications.
+    /// Waits for the next notification. There may be too many. There are none if the connection does not support them.
     ///
     /// # Errors
-    /// When the connection for it ends, or has been silent for long; the next call makes another.
+    /// If the connection ends or has been silent for long. The next call opens another one.
     async fn next_notification(&self) -> Result<ReplicaNotification, StoreError>;
 
-    /// Lets this process build on whatever history the database has: people have accepted that it is another one.
+    /// Accepts whatever history the database has now, because an operator has accepted that it changed.
     fn forget_known_head(&self);
 
-    /// Says in the database that the loss of changes is accepted: another epoch. Gives it.
+    /// Records that the loss of changes is accepted, by a new epoch. Returns that epoch.
     async fn accept_regression(&self) -> Result<u64, StoreError>;
 }

@@ -1,5 +1,7 @@
-//! Rows as they come out of either database, read as records: the order of the columns, and what makes a run of
-//! rows a key. What a column holds and how a row is summed is in `rows.rs`.
+//! Decodes rows of either database into records.
+//!
+//! This module knows the order of the columns, and which consecutive rows form a key. `row_format.rs` knows what a
+//! column contains and how a row's checksum is computed.
 
 use std::borrow::Cow;
 
@@ -26,7 +28,7 @@ use super::{
 
 type ColumnResult<T> = Result<T, sqlx::Error>;
 
-/// A row's columns by their places, in the three types that both databases keep.
+/// The columns of a row by their index, in the three types that both databases use.
 pub(super) trait RowColumns {
     fn text(&self, at: usize) -> ColumnResult<&str>;
     fn text_opt(&self, at: usize) -> ColumnResult<Option<&str>>;
@@ -34,7 +36,7 @@ pub(super) trait RowColumns {
     fn int_opt(&self, at: usize) -> ColumnResult<Option<i64>>;
     fn bytes(&self, at: usize) -> ColumnResult<&[u8]>;
     fn bytes_opt(&self, at: usize) -> ColumnResult<Option<&[u8]>>;
-    /// Text that people wrote, in which any character may stand.
+    /// Text written by people, which may contain any character.
     fn arbitrary_text_opt(&self, at: usize) -> ColumnResult<Option<Cow<'_, str>>>;
 }
 
@@ -76,7 +78,7 @@ fn sqlite_arbitrary_text(row: &sqlx::sqlite::SqliteRow, at: usize) -> ColumnResu
     Ok(row.text_opt(at)?.map(Cow::Borrowed))
 }
 
-/// PostgreSQL's text cannot hold the character zero: there such text is bytes.
+/// PostgreSQL's text cannot contain the character zero, so such text is stored as bytes.
 fn postgres_arbitrary_text(row: &sqlx::postgres::PgRow, at: usize) -> ColumnResult<Option<Cow<'_, str>>> {
     let text = row.bytes_opt(at)?.map(str::from_utf8).transpose();
     text.map(|text| text.map(Cow::Borrowed)).map_err(|error| sqlx::Error::Decode(error.into()))
@@ -97,16 +99,16 @@ pub(super) const ACCOUNT_COLUMNS: &str =
     "id, name, suspended_at, created_at, updated_at, revision, sum, longest_life";
 pub(super) const ROLE_COLUMNS: &str = "account, name, scopes, revision, sum";
 pub(super) const MEMBER_COLUMNS: &str = "account, user_id, role, revision, sum";
-/// How many of a key's secrets are in its record.
+/// The number of secrets that the record of a key contains at most.
 const SECRETS_IN_RECORD: usize = 2;
 
-/// A column that holds exactly `N` bytes.
+/// A column with exactly `N` bytes.
 pub(super) fn fixed_bytes<const N: usize>(row: &impl RowColumns, column: usize) -> ColumnResult<[u8; N]> {
     let bytes = row.bytes(column)?;
     bytes.try_into().map_err(|_| sqlx::Error::Decode(format!("column {column} is not {N} bytes").into()))
 }
 
-/// A column that cannot be read as what it should be.
+/// The error for a column of another type than expected.
 pub(super) fn unreadable_column(error: sqlx::Error) -> StoreError {
     StoreError::Unavailable(error.into())
 }
@@ -140,10 +142,10 @@ pub(super) fn decode_key_row(row: &impl RowColumns) -> Result<(KeyRow<'_>, i64),
     read().map_err(unreadable_column)
 }
 
-/// A key without its secrets, once the row's checksum has been found right.
-fn decode_key(row: &impl RowColumns, alike: &mut KeyParseCache) -> Result<ApiKey, StoreError> {
+/// A key without its secrets, with a verified checksum.
+fn decode_key(row: &impl RowColumns, cache: &mut KeyParseCache) -> Result<ApiKey, StoreError> {
     let (key, sum) = decode_key_row(row)?;
-    Ok(key.verify_checksum(sum)?.to_loaded_key(alike, (&[], &[]))?.to_key())
+    Ok(cache.load_key(&key.verify_checksum(sum)?, (&[], &[]))?.to_key())
 }
 
 fn read_key_columns(row: &impl RowColumns) -> ColumnResult<KeyRow<'_>> {
@@ -174,8 +176,8 @@ fn read_key_columns(row: &impl RowColumns) -> ColumnResult<KeyRow<'_>> {
     })
 }
 
-/// The secret whose columns begin at `from`, in the order of [`SECRET_COLUMNS`] up to its checksum, once the row's checksum has been found
-/// right; with its hint or without.
+/// Decodes the secret whose columns start at `from`, in the order of [`SECRET_COLUMNS`], with or without its hint.
+/// Verifies its checksum.
 pub(super) fn decode_secret(
     row: &impl RowColumns,
     key_id: &[u8],
@@ -196,7 +198,8 @@ pub(super) fn decode_secret(
     secret.into_secret(key_id, sum, hint)
 }
 
-/// Joined rows of keys, secrets and their latest uses, a key's rows in a run with the newest secret first, as keys.
+/// Assembles keys from joined rows of keys, secrets and their last uses. The rows of a key must be consecutive, the
+/// newest secret first.
 #[derive(Default)]
 pub(super) struct KeyAssembler {
     key: Option<ApiKey>,
@@ -205,17 +208,16 @@ pub(super) struct KeyAssembler {
 }
 
 impl KeyAssembler {
-    /// Begins with what was parsed before.
-    pub(super) fn with_cache(alike: KeyParseCache) -> KeyAssembler {
-        KeyAssembler { parse_cache: alike, ..KeyAssembler::default() }
+    /// Starts with the cache of an earlier assembler.
+    pub(super) fn with_cache(cache: KeyParseCache) -> KeyAssembler {
+        KeyAssembler { parse_cache: cache, ..KeyAssembler::default() }
     }
 
-    /// What was parsed.
     pub(super) fn into_cache(self) -> KeyParseCache {
         self.parse_cache
     }
 
-    /// Takes a row; gives the key before it when the row begins another.
+    /// Adds a row. Returns the previous key if the row begins another one.
     pub(super) fn push_row(&mut self, row: &impl RowColumns) -> Result<Option<StoredKey>, StoreError> {
         let id: [u8; 16] = fixed_bytes(row, 0).map_err(unreadable_column)?;
         let mut done = None;
@@ -231,7 +233,7 @@ impl KeyAssembler {
         Ok(done)
     }
 
-    /// The last key.
+    /// Returns the last key, if there is one.
     pub(super) fn finish(&mut self) -> Result<Option<StoredKey>, StoreError> {
         let Some(key) = self.key.take() else {
             return Ok(None);
@@ -245,13 +247,13 @@ impl KeyAssembler {
     }
 }
 
-/// The key of a row whose checksum has been found right, with all its secrets, the newest first.
+/// The key of a verified row with all its secrets, the newest first.
 pub(super) fn whole_key(
     row: &KeyRow<'_>,
     secrets: Vec<KeySecret>,
-    alike: &mut KeyParseCache,
+    cache: &mut KeyParseCache,
 ) -> Result<ApiKey, StoreError> {
-    with_secrets(row.to_loaded_key(alike, (&[], &[]))?.to_key(), secrets)
+    with_secrets(cache.load_key(row, (&[], &[]))?.to_key(), secrets)
 }
 
 /// A key with all its secrets, the newest first.
@@ -261,9 +263,9 @@ fn with_secrets(mut key: ApiKey, mut secrets: Vec<KeySecret>) -> Result<ApiKey, 
     Ok(key)
 }
 
-/// How many of a key's secrets, the newest first, are in its record; if they are all there.
+/// How many of a key's secrets (the newest first) are in its record. Fails if any is missing.
 pub(super) fn count_record_secrets(key_id: &[u8; 16], secrets: &[KeySecret]) -> Result<usize, StoreError> {
-    // None is ever removed: they count down to 1, and the newest has no end.
+    // No secret is ever deleted: versions count down to 1, and the newest never expires.
     let counted = secrets.iter().rev().map(|secret| secret.version).eq(1..=secrets.len() as u32);
     let open_ended = secrets.first().is_some_and(|newest| newest.expires_at.is_none());
     if counted && open_ended {
@@ -326,7 +328,7 @@ pub(super) fn decode_usage_count(
 ) -> Result<Option<UsageCount>, StoreError> {
     let read = || -> ColumnResult<_> { Ok((row.int(0)?, row.int(1)?, row.int(2)?)) };
     let (hour, reason, count) = read().map_err(unreadable_column)?;
-    // A reason that a newer version wrote is not shown by this one.
+    // A newer version may have written a reason that this one does not know.
     let reason = Reason::ALL.into_iter().find(|known| i64::from(*known as u8) == reason);
     Ok(reason.map(|reason| UsageCount {
         key_id,

@@ -1,32 +1,31 @@
-//! Records as rows: the columns that both backends share, how they are written, read and summed.
+//! The format of records as rows: columns that both databases share, how they are written, and their checksums.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt};
+use std::{borrow::Cow, fmt};
 
 use crate::domain::{
     account::{Account, AccountMember, Role},
-    key::{ApiKey, KeySecret, KeySpec, Revocation, RevokeReason},
-    log::{GENESIS_HASH, LogEntry, RecordChange},
-    log_payload::{self, ChangeOrigin},
-    name::{AccountId, DisplayName, KeyId, KeyName, NameError, RoleName, UserId},
+    key::{ApiKey, KeySecret, KeySpec, RevokeReason},
+    name::{AccountId, DisplayName, KeyId, NameError, RoleName, UserId},
     scope::{Scope, ScopeSet},
     text,
     time::{Revision, Timestamp},
     token::{HexBytes, TokenDigest},
 };
 
-use super::{LogHead, StoreError, WriteRequest, parse_cache::KeyParseCache, snapshot_loader::LoadedKey};
+use super::error::StoreError;
 
-/// A row that contradicts itself: which, and how.
+/// The error for a row that contradicts itself.
 pub(super) fn damaged_error(what: impl fmt::Display, problem: impl fmt::Display) -> StoreError {
     StoreError::Damaged(format!("{what}: {problem}"))
 }
 
-/// A CRC-32 over a row's columns, each with its kind and length, so that no two rows read alike. They are put
-/// together first: over many small pieces it takes several times as long.
-/// `ROOM` is more than nearly every row has, and little, since it is made empty for each.
+/// A CRC-32 over the columns of a row, each with its type and length, so that different rows differ.
+///
+/// The columns are buffered first: many small updates take several times as long. `ROOM` exceeds the length of nearly
+/// every row, and is small, since the buffer is zeroed for each row.
 struct RowChecksum<const ROOM: usize = 512> {
     hasher: crc32fast::Hasher,
-    /// What comes after that, up to `length`.
+    /// Bytes that the hasher has not seen, up to `buffered`.
     buffer: [u8; ROOM],
     buffered: usize,
 }
@@ -71,7 +70,7 @@ impl<const ROOM: usize> RowChecksum<ROOM> {
     fn add_int(&mut self, value: Option<i64>) -> &mut Self {
         match value {
             Some(number) => {
-                // Its length and itself, in one.
+                // Its length and value at once.
                 self.update(&(8 << 64 | u128::from(number.cast_unsigned())).to_be_bytes());
             }
             None => self.update(&u64::MAX.to_be_bytes()),
@@ -97,7 +96,7 @@ pub(super) fn parse_words<T>(
     text.split(' ').filter(|word| !word.is_empty()).map(parse).collect()
 }
 
-/// A key's columns, as both backends have them.
+/// The columns of a key, the same in both databases.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct KeyRow<'r> {
     pub(super) id: [u8; 16],
@@ -124,18 +123,18 @@ pub(super) struct KeyRow<'r> {
 }
 
 fn to_json<T: serde::Serialize>(value: &T) -> String {
-    // Plain maps, numbers and text: there is nothing in them that JSON cannot say.
+    // Maps, numbers and text cannot fail to serialize.
     serde_json::to_string(value).unwrap_or_default()
 }
 
-/// The reason's stable name is its JSON, without the quotes.
+/// The stable name of a reason: its JSON without the quotes.
 fn revoke_reason_text(reason: RevokeReason) -> String {
     to_json(&reason).trim_matches('"').to_owned()
 }
 
 impl<'r> KeyRow<'r> {
     pub(super) fn from_key(key: &'r ApiKey) -> Self {
-        let ApiKey { id, owner, environment, spec: terms, created_at, created_by, updated_at, .. } = key;
+        let ApiKey { id, owner, environment, spec, created_at, created_by, updated_at, .. } = key;
         let KeySpec {
             name,
             scopes,
@@ -146,7 +145,7 @@ impl<'r> KeyRow<'r> {
             rate_limits,
             quota,
             metadata,
-        } = terms;
+        } = spec;
         let revocation = key.revocation.as_ref();
         KeyRow {
             id: *id.as_bytes(),
@@ -199,7 +198,7 @@ impl<'r> KeyRow<'r> {
             .finish()
     }
 
-    /// The normalized name where the name is another; see `0009_names.sql`.
+    /// The normalized name if it differs from the name; see `0009_names.sql`.
     pub(super) fn name_nfc(&self) -> Option<String> {
         match text::normalize_nfc(self.name.as_deref()?) {
             Cow::Borrowed(_) => None,
@@ -207,7 +206,7 @@ impl<'r> KeyRow<'r> {
         }
     }
 
-    /// The row, once `sum` has been found right.
+    /// Returns the row if its checksum is `sum`.
     pub(super) fn verify_checksum(self, sum: i64) -> Result<Self, StoreError> {
         let id = KeyId::from_bytes(self.id);
         if sum == self.checksum() {
@@ -217,7 +216,7 @@ impl<'r> KeyRow<'r> {
         }
     }
 
-    /// The row as a Check needs it: a revoked key grants nothing, so that its grants are not even parsed.
+    /// The row as a Check needs it. A revoked key grants nothing, so its grants are not even parsed.
     pub(super) fn without_revoked_grants(self) -> Self {
         if self.revoked_at.is_none() {
             return self;
@@ -235,92 +234,13 @@ impl<'r> KeyRow<'r> {
             ..self
         }
     }
-
-    /// The key with these secrets.
-    pub(super) fn to_loaded_key<'a>(
-        &'a self,
-        alike: &'a mut KeyParseCache,
-        secrets: (&'a [KeySecret], &'a [KeySecret]),
-    ) -> Result<LoadedKey<'a>, StoreError> {
-        let id = KeyId::from_bytes(self.id);
-        self.parse_columns(id, alike, secrets)
-            .map_err(|problem| damaged_error(format_args!("key {id}"), problem))
-    }
-
-    fn parse_columns<'a>(
-        &'a self,
-        id: KeyId,
-        alike: &'a mut KeyParseCache,
-        (secrets, left): (&'a [KeySecret], &'a [KeySecret]),
-    ) -> Result<LoadedKey<'a>, String> {
-        let (owner, policy) = alike.get_or_parse(self)?;
-        let revocation = match (self.revoked_at, self.revoke_reason.as_deref()) {
-            (Some(at), Some(reason)) => Some(Revocation {
-                at: Timestamp::from_micros(at),
-                reason: parse_json(&format!("\"{reason}\""))?,
-                comment: self.revoke_comment.as_deref().unwrap_or_default().to_owned(),
-            }),
-            (None, None) => None,
-            _ => return Err("its revocation is incomplete".to_owned()),
-        };
-        let name = self.name.as_deref();
-        name.map(KeyName::check_stored).transpose().map_err(|error| error.to_string())?;
-        let metadata = self.metadata.as_deref().map(parse_json::<BTreeMap<_, _>>).transpose()?;
-        Ok(LoadedKey {
-            id,
-            owner,
-            policy,
-            name,
-            expires_at: self.expires_at.map(Timestamp::from_micros),
-            metadata: metadata.unwrap_or_default(),
-            created_at: Timestamp::from_micros(self.created_at),
-            created_by: &self.created_by,
-            updated_at: Timestamp::from_micros(self.updated_at),
-            disabled_at: self.disabled_at.map(Timestamp::from_micros),
-            revocation,
-            revision: revision_from_i64(self.revision),
-            secrets,
-            retired_secrets: left,
-        })
-    }
 }
 
 pub(super) fn parse_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
-impl WriteRequest {
-    /// The log row of this write after `head`, for the record as it is recorded.
-    pub(super) fn to_log_entry(
-        &self,
-        change: &RecordChange,
-        head: LogHead,
-    ) -> Result<LogEntry, serde_json::Error> {
-        let via = ChangeOrigin {
-            previous: Some(self.expected_revision.unwrap_or_default()),
-            ..self.actor.origin.clone()
-        };
-        let mut row = LogEntry {
-            revision: head.revision.next(),
-            at: self.at,
-            action: self.action.as_str().to_owned(),
-            account: change.account_id().cloned(),
-            key_id: change.key_id(),
-            user: change.user_id().cloned(),
-            actor: self.actor.to_string(),
-            actor_account: self.actor.account.clone(),
-            acting_user: self.actor.acting_user.clone(),
-            method: self.method.to_owned(),
-            payload: log_payload::encode_payload(change, &via)?,
-            prev_hash: head.hash,
-            hash: GENESIS_HASH,
-        };
-        row.hash = row.compute_hash();
-        Ok(row)
-    }
-}
-
-/// Revisions are counted from 0 and never reach 2^63.
+/// Revisions start at 0 and never reach 2^63.
 pub(super) fn revision_to_i64(revision: Revision) -> i64 {
     i64::try_from(revision.0).unwrap_or(i64::MAX)
 }
@@ -329,7 +249,7 @@ pub(super) fn revision_from_i64(revision: i64) -> Revision {
     Revision(u64::try_from(revision).unwrap_or(0))
 }
 
-/// A secret's columns, without its key.
+/// The columns of a secret, without those of its key.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SecretRow<'r> {
     pub(super) digest: &'r [u8],
@@ -351,7 +271,7 @@ impl SecretRow<'_> {
             .finish()
     }
 
-    /// The secret with its hint, or without: once `sum` has been found right.
+    /// Decodes the secret, with or without its hint, if its checksum is `sum`.
     pub(super) fn into_secret(self, key_id: &[u8], sum: i64, hint: bool) -> Result<KeySecret, StoreError> {
         let wrong = |problem| damaged_error(format_args!("a secret of key {}", HexBytes(key_id)), problem);
         if sum != self.checksum(key_id) {
@@ -381,8 +301,8 @@ pub(super) fn secret_checksum(key_id: &[u8], secret: &KeySecret) -> i64 {
     row.checksum(key_id)
 }
 
-/// The checksum of an account's row. A column that came later counts only where it is set, so that older rows
-/// keep theirs.
+/// The checksum of an account's row. A column that was added later counts only if it is set, so older rows keep their
+/// checksums.
 pub(super) fn account_checksum(account: &Account) -> i64 {
     let mut sum = RowChecksum::new();
     sum.add_text(Some(account.id.as_str()))
@@ -397,12 +317,12 @@ pub(super) fn account_checksum(account: &Account) -> i64 {
     }
 }
 
-/// The longest life in microseconds, as it is stored.
+/// The longest allowed life of a key in microseconds, as it is stored.
 pub(super) fn longest_life_micros(account: &Account) -> Option<i64> {
     account.longest_life.map(|life| i64::try_from(life.as_micros()).unwrap_or(i64::MAX))
 }
 
-/// An account's columns after its id and name.
+/// The columns of an account after its id and name.
 pub(super) struct AccountColumns {
     pub(super) suspended_at: Option<i64>,
     pub(super) created_at: i64,
@@ -412,7 +332,7 @@ pub(super) struct AccountColumns {
     pub(super) longest_life: Option<i64>,
 }
 
-/// An account from its columns, once `sum` has been found right.
+/// Decodes an account and verifies its checksum.
 pub(super) fn account_from_columns(
     id: &str,
     name: &str,
@@ -433,7 +353,7 @@ pub(super) fn account_from_columns(
     verify_record_checksum(account, tail.checksum, account_checksum, what)
 }
 
-/// The record, once its checksum has been found right.
+/// Returns the record if its checksum is `sum`.
 fn verify_record_checksum<T>(
     record: T,
     sum: i64,
@@ -447,12 +367,12 @@ fn verify_record_checksum<T>(
     }
 }
 
-/// A role's account as it is stored.
+/// The account of a role as it is stored; empty for a global role.
 pub(super) fn role_account_column(account: Option<&AccountId>) -> &str {
     account.map_or("", AccountId::as_str)
 }
 
-/// A role's scopes as they are stored.
+/// The scopes of a role as they are stored, separated by spaces.
 pub(super) fn role_scopes_column(role: &Role) -> String {
     join_words(&role.scopes)
 }
@@ -467,7 +387,7 @@ pub(super) fn role_checksum(role: &Role) -> i64 {
         .finish()
 }
 
-/// A role from its columns, once `sum` has been found right.
+/// Decodes a role and verifies its checksum.
 pub(super) fn role_from_columns(
     account: &str,
     name: &str,
@@ -497,7 +417,7 @@ pub(super) fn member_checksum(member: &AccountMember) -> i64 {
         .finish()
 }
 
-/// A member from its columns, once `sum` has been found right.
+/// Decodes a membership and verifies its checksum.
 pub(super) fn member_from_columns(
     account: &str,
     user: &str,

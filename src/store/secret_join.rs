@@ -1,5 +1,6 @@
-//! Secrets that were read before their keys. Nearly all are the only one of their key: those take little, since there
-//! may be a million of them.
+//! Joins secrets, which are read first, with their keys.
+//!
+//! Nearly all secrets are the only one of their key. These are stored compactly, since there may be a million.
 
 use crate::domain::{key::KeySecret, time::Timestamp, token::TokenDigest};
 
@@ -11,13 +12,13 @@ use super::{
     },
 };
 
-/// A secret's row: whose it is, its columns, its checksum.
+/// The columns of a secret's row: its key, its columns, its checksum.
 pub(super) const SECRET_ROW_COLUMNS: &str = "key_id, digest, version, hint, created_at, expires_at, sum";
 
-/// A key's id as a number of the same order.
+/// A key id as a number with the same order.
 pub(super) type KeyIdNumber = u128;
 
-/// A first secret that has no end.
+/// The first secret of a key, without an expiry.
 #[derive(Debug)]
 struct CompactSecret {
     /// In halves: as one number it would make this 64 bytes.
@@ -34,15 +35,15 @@ impl CompactSecret {
     }
 }
 
-/// Some keys' secrets.
+/// Secrets of some keys, ordered after [`SecretBuffer::sort`].
 #[derive(Debug, Default)]
 pub(super) struct SecretBuffer {
     compact: Vec<CompactSecret>,
-    /// All else, without hints.
+    /// Secrets with another version or an expiry; their hints are empty.
     others: Vec<(KeyIdNumber, KeySecret)>,
 }
 
-/// Where the secrets of the key before ended: keys come in order, too, and hardly any is left out.
+/// The end of the previous key's secrets. Keys are also ordered, so the next key's secrets are usually there.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct JoinCursor {
     compact: usize,
@@ -50,18 +51,17 @@ pub(super) struct JoinCursor {
 }
 
 impl SecretBuffer {
-    /// Forgets all, and keeps the room.
+    /// Removes all secrets and keeps the memory.
     pub(super) fn clear(&mut self) {
         self.compact.clear();
         self.others.clear();
     }
 
-    /// How many there are.
     pub(super) fn len(&self) -> usize {
         self.compact.len() + self.others.len()
     }
 
-    /// Takes a row of [`SECRET_ROW_COLUMNS`], once its checksum has been found right.
+    /// Adds a row of [`SECRET_ROW_COLUMNS`] and verifies its checksum.
     pub(super) fn push_row(&mut self, row: &impl RowColumns) -> Result<(), StoreError> {
         let key_id: [u8; 16] = fixed_bytes(row, 0).map_err(unreadable_column)?;
         let id = KeyIdNumber::from_be_bytes(key_id);
@@ -75,36 +75,36 @@ impl SecretBuffer {
         Ok(())
     }
 
-    /// Puts them in the order of their keys, and of a key's the newest first.
+    /// Sorts by key, and the secrets of a key from the newest to the oldest.
     pub(super) fn sort(&mut self) {
         self.compact.sort_unstable_by_key(CompactSecret::key_number);
         self.others.sort_unstable_by_key(|(owner, secret)| (*owner, std::cmp::Reverse(secret.version)));
     }
 
-    /// The id of a key that is about in the middle.
+    /// The id of a key near the middle.
     pub(super) fn middle_id(&self) -> Option<KeyIdNumber> {
         let other = self.others.get(self.others.len() / 2).map(|(id, _)| *id);
         self.compact.get(self.compact.len() / 2).map(CompactSecret::key_number).or(other)
     }
 
-    /// The first key's id, once they are sorted.
+    /// The smallest key id; the buffer must be sorted.
     pub(super) fn first_id(&self) -> Option<KeyIdNumber> {
         let ids =
             [self.compact.first().map(CompactSecret::key_number), self.others.first().map(|(id, _)| *id)];
         ids.into_iter().flatten().min()
     }
 
-    /// The last key's id, once they are sorted.
+    /// The greatest key id; the buffer must be sorted.
     pub(super) fn last_id(&self) -> Option<KeyIdNumber> {
         let ids = [self.compact.last().map(CompactSecret::key_number), self.others.last().map(|(id, _)| *id)];
         ids.into_iter().flatten().max()
     }
 
-    /// Adds a key's secrets to `secrets`, once they are sorted.
+    /// Adds the secrets of a key to `secrets`; the buffer must be sorted.
     fn collect_secrets(&self, id: KeyIdNumber, at: &mut JoinCursor, secrets: &mut Vec<KeySecret>) {
         let others = find_run(&self.others, |(id, _)| *id, id, &mut at.others);
         secrets.extend(others.iter().map(|(_, secret)| secret.clone()));
-        // The oldest.
+        // The first version, which comes last.
         let plain = find_run(&self.compact, CompactSecret::key_number, id, &mut at.compact);
         secrets.extend(plain.iter().map(|plain| KeySecret {
             version: 1,
@@ -116,7 +116,7 @@ impl SecretBuffer {
     }
 }
 
-/// Those of one key among `all`, which are in order. `at` is where those of the one before ended.
+/// The items of one key in `all`, which is sorted. `at` is the end of the previous key's items.
 fn find_run<'a, T>(
     all: &'a [T],
     id_of: impl Fn(&T) -> KeyIdNumber,
@@ -132,12 +132,12 @@ fn find_run<'a, T>(
     &all[start..*at]
 }
 
-/// Keys in the order of their ids, which claim their secrets.
+/// Joins keys in ascending order of their ids with their secrets.
 pub(super) struct SecretJoin<'s> {
     buffers: &'s [SecretBuffer],
-    /// Where those of the key before ended, in each.
+    /// For each buffer, the end of the previous key's secrets.
     cursors: Vec<JoinCursor>,
-    /// Of the key that is looked at.
+    /// The secrets of the current key.
     secrets: Vec<KeySecret>,
     parse_cache: &'s mut KeyParseCache,
     forget_before: Timestamp,
@@ -145,16 +145,16 @@ pub(super) struct SecretJoin<'s> {
 
 impl<'s> SecretJoin<'s> {
     pub(super) fn new(
-        from: &'s [SecretBuffer],
+        buffers: &'s [SecretBuffer],
         forget_before: Timestamp,
-        alike: &'s mut KeyParseCache,
+        parse_cache: &'s mut KeyParseCache,
     ) -> Self {
-        let at = vec![JoinCursor::default(); from.len()];
-        SecretJoin { buffers: from, cursors: at, secrets: Vec::new(), parse_cache: alike, forget_before }
+        let cursors = vec![JoinCursor::default(); buffers.len()];
+        SecretJoin { buffers, cursors, secrets: Vec::new(), parse_cache, forget_before }
     }
 
-    /// Gives the key of a row in `KEY_COLUMNS` to `part`, once its checksum has been found right and its secrets are all
-    /// there. Secrets that were superseded for too long are left out, unless they are in its record.
+    /// Passes the key of a row in `KEY_COLUMNS` to `part`, after verifying its checksum and that its secrets are
+    /// complete. Secrets that were superseded before `forget_before` are left out, unless they are in its record.
     pub(super) fn join_key(
         &mut self,
         row: &impl RowColumns,
@@ -177,7 +177,7 @@ impl<'s> SecretJoin<'s> {
             });
         }
         let key = key.verify_checksum(sum)?.without_revoked_grants();
-        part.add_key(&key.to_loaded_key(self.parse_cache, self.secrets.split_at(in_record))?);
+        part.add_key(&self.parse_cache.load_key(&key, self.secrets.split_at(in_record))?);
         Ok(())
     }
 }

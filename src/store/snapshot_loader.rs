@@ -1,74 +1,92 @@
-//! How a snapshot comes: keys on the threads that read them, in parts that know nothing of each other, and as the
-//! rows stand, so that nothing is copied that nobody keeps; all else one by one.
+//! The receiver of a snapshot.
+//!
+//! Keys arrive on the threads that read them, in independent parts, and borrow from their rows: only what the receiver
+//! keeps is copied. All other records arrive one by one.
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use crate::domain::{
+    account::{Account, AccountMember, Role},
     key::{ApiKey, KeyOwner, KeySecret, KeySpec, Revocation},
     key_policy::KeyPolicy,
+    limit::QuotaUsage,
     name::{KeyId, KeyName},
     time::{Revision, Timestamp},
 };
 
-use super::SnapshotRecord;
-
-/// Takes a snapshot.
+/// Receives a snapshot.
 pub trait SnapshotLoader: Send + Sync + 'static {
-    /// Takes a record that is no key.
+    /// Receives a record that is not a key.
     fn add_record(&self, item: SnapshotRecord);
 
-    /// Says that about so many secrets will come.
+    /// Announces that about this many secrets will follow.
     fn reserve_secrets(&self, secrets: usize);
 
-    /// Begins a part of the keys.
+    /// Begins a part of the keys, for one thread.
     fn begin_part(&self) -> Box<dyn SnapshotPart>;
 }
 
-/// Takes some keys of a snapshot. Each comes in one part only, once, and in no order.
+/// A record of a snapshot.
+#[derive(Debug)]
+pub enum SnapshotRecord {
+    /// An account, suspended or not.
+    Account(Account),
+    /// A key, and the superseded secrets that left its record. Both lack hints, and a revoked key lacks its grants: see
+    /// [`LoadedKey`].
+    Key(Arc<ApiKey>, Vec<KeySecret>),
+    /// A role of an account, or a global one.
+    Role(Role),
+    /// A membership of a user in an account.
+    Member(AccountMember),
+    /// The usage of the quota of an unrevoked key; arrives after its key.
+    QuotaUsage(KeyId, QuotaUsage),
+}
+
+/// Receives some keys of a snapshot. Each key arrives once, in one part only, in any order.
 pub trait SnapshotPart: Send {
-    /// Takes a key.
+    /// Receives a key, which is only valid during the call.
     fn add_key(&mut self, key: &LoadedKey<'_>);
 
-    /// Says that no more will come. Without it, some of what came is lost.
+    /// Ends the part. Without this call, some of its keys are lost.
     fn finish(self: Box<Self>);
 }
 
-/// A key of a snapshot, while its row is looked at. A revoked key has no name, expiry, grants, restrictions, limits or
-/// metadata: a Check needs none of them.
+/// A key of a snapshot, borrowed from its row. A revoked key has no name, expiry, grants, restrictions, limits or
+/// metadata, since a Check needs none of them.
 #[derive(Debug)]
 pub struct LoadedKey<'a> {
-    /// Its id.
+    /// The id of the key.
     pub id: KeyId,
-    /// Who it belongs to.
+    /// The owner, shared with other keys that have the same.
     pub owner: &'a Arc<KeyOwner>,
-    /// What it has in common with others: often the same as of a key before it.
+    /// The policy, shared with other keys that have the same.
     pub policy: &'a Arc<KeyPolicy>,
-    /// A [`KeyName`].
+    /// The name, which is a valid [`KeyName`].
     pub name: Option<&'a str>,
-    /// From this instant it is refused.
+    /// The time from which the key is denied.
     pub expires_at: Option<Timestamp>,
-    /// The maker's own notes.
+    /// The metadata that the creator attached.
     pub metadata: BTreeMap<String, String>,
-    /// When it was created.
+    /// The time of its creation.
     pub created_at: Timestamp,
-    /// What created it.
+    /// The actor that created the key, in its text form.
     pub created_by: &'a str,
-    /// When it last changed.
+    /// The time of its last change.
     pub updated_at: Timestamp,
-    /// Since when it is disabled.
+    /// The time since which the key is disabled.
     pub disabled_at: Option<Timestamp>,
-    /// Its end.
+    /// The revocation, which is final.
     pub revocation: Option<Revocation>,
     /// The revision of its last change.
     pub revision: Revision,
     /// The secrets in its record, the newest first, without hints.
     pub secrets: &'a [KeySecret],
-    /// Superseded secrets that left its record, the newest first, without hints.
+    /// The superseded secrets that left its record, the newest first, without hints.
     pub retired_secrets: &'a [KeySecret],
 }
 
 impl LoadedKey<'_> {
-    /// The record.
+    /// Copies the key into an owned record.
     #[must_use]
     pub fn to_key(&self) -> ApiKey {
         let policy = &**self.policy;
@@ -77,7 +95,7 @@ impl LoadedKey<'_> {
             owner: (**self.owner).clone(),
             environment: policy.environment.clone(),
             spec: KeySpec {
-                // Whoever made this has found it right.
+                // The name was checked when the row was parsed.
                 name: self.name.and_then(|name| KeyName::from_stored(name).ok()),
                 scopes: policy.scopes.clone(),
                 roles: policy.roles.to_vec(),

@@ -1,12 +1,14 @@
-//! What becomes of a batch, decided from facts: what the tables say of everything that its writes touch. No SQL and
-//! no waiting here, so that a database is asked a few times for a batch, and not a few times for each write of it.
+//! Decides the outcome of a batch from the state of the tables before it.
+//!
+//! There is no SQL and no waiting here. So a database is asked a few times per batch, not a few times per write.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::domain::{
     key::{ApiKey, KeyOwner, KeySecret},
-    log::RecordChange,
+    log::{GENESIS_HASH, LogEntry, RecordChange},
     log_format::LogFormat,
+    log_payload::{self, ChangeOrigin},
     name::{AccountId, IdempotencyKey, KeyId, KeyName, RoleName, UserId},
     time::{Revision, Timestamp},
     token::TokenDigest,
@@ -20,12 +22,41 @@ use super::{
     row_format::secret_checksum,
 };
 
+/// The log entry of this write after `head`; `change` has its new revision.
+fn to_log_entry(
+    write: &WriteRequest,
+    change: &RecordChange,
+    head: LogHead,
+) -> Result<LogEntry, serde_json::Error> {
+    let origin = ChangeOrigin {
+        previous: Some(write.expected_revision.unwrap_or_default()),
+        ..write.actor.origin.clone()
+    };
+    let mut row = LogEntry {
+        revision: head.revision.next(),
+        at: write.at,
+        action: write.action.as_str().to_owned(),
+        account: change.account_id().cloned(),
+        key_id: change.key_id(),
+        user: change.user_id().cloned(),
+        actor: write.actor.to_string(),
+        actor_account: write.actor.account.clone(),
+        acting_user: write.actor.acting_user.clone(),
+        method: write.method.to_owned(),
+        payload: log_payload::encode_payload(change, &origin)?,
+        prev_hash: head.hash,
+        hash: GENESIS_HASH,
+    };
+    row.hash = row.compute_hash();
+    Ok(row)
+}
+
 type WriteVerdict = Result<(), WriteRejection>;
 
-/// A role's place: its account, or none for a global one.
+/// The identity of a role: its account, or none for a global role, and its name.
 pub(super) type RoleId = (Option<AccountId>, RoleName);
 
-/// The record that a write is about.
+/// The identity of the record that a write changes.
 #[derive(PartialEq, Eq, Hash)]
 enum RecordRef<'w> {
     Key(KeyId),
@@ -49,9 +80,8 @@ impl<'w> RecordRef<'w> {
     }
 }
 
-/// Cuts a batch into runs that can be decided and written in one go each: no record comes twice in a run, so its
-/// rows can be written in any one statement; and a role is deleted alone, since who uses it is counted in the
-/// tables.
+/// Splits a batch into runs, each of which can be decided and written at once. No record occurs twice in a run, so one
+/// statement can write the rows of a table. A role is deleted in its own run, since its uses are counted in the tables.
 pub(super) fn split_into_runs(batch: &[WriteRequest]) -> Vec<&[WriteRequest]> {
     let mut runs = Vec::new();
     let (mut start, mut seen) = (0, HashSet::new());
@@ -72,26 +102,26 @@ pub(super) fn split_into_runs(batch: &[WriteRequest]) -> Vec<&[WriteRequest]> {
     runs
 }
 
-/// What must be known to decide a run.
+/// What must be read from the tables to decide a run.
 #[derive(Debug, Default)]
 pub(super) struct PreStateQuery {
     pub(super) requests: BTreeSet<(KeyId, IdempotencyKey)>,
     pub(super) keys: BTreeSet<KeyId>,
-    /// Names in their normalized form, in which they are unique.
+    /// Names in their normalized form, which must be unique.
     pub(super) names: BTreeSet<(KeyOwner, KeyName)>,
     pub(super) digests: BTreeSet<TokenDigest>,
-    /// Secrets that left their key's record.
+    /// Versions of secrets that leave the record of their key.
     pub(super) retired_secrets: BTreeSet<(KeyId, u32)>,
     pub(super) accounts: BTreeSet<AccountId>,
-    /// Case-folded ids of accounts to be created.
+    /// Case-folded ids of the accounts to create.
     pub(super) folded_accounts: BTreeSet<String>,
     pub(super) roles: BTreeSet<RoleId>,
     pub(super) members: BTreeSet<(AccountId, UserId)>,
-    /// The role to be deleted, whose uses are to be counted.
+    /// The role to delete, whose uses must be counted.
     pub(super) role_to_delete: Option<RoleId>,
-    /// Accounts and users that are held to limits.
+    /// Accounts and users whose limits apply.
     pub(super) tallies: BTreeSet<KeyOwner>,
-    /// Accounts that get a role, and are held to limits.
+    /// Accounts that get a new role and whose limits apply.
     pub(super) role_counts: BTreeSet<AccountId>,
     /// The format of the log entries, if an older release cannot read them.
     pub(super) log_format: Option<LogFormat>,
@@ -99,31 +129,31 @@ pub(super) struct PreStateQuery {
 
 impl PreStateQuery {
     pub(super) fn from_writes(run: &[WriteRequest]) -> PreStateQuery {
-        let mut asked = PreStateQuery { log_format: LogFence::format(run), ..PreStateQuery::default() };
+        let mut query = PreStateQuery { log_format: LogFence::format(run), ..PreStateQuery::default() };
         for write in run {
             if let Some(request) = &write.idempotency {
-                asked.requests.insert((request.caller, request.key.clone()));
+                query.requests.insert((request.caller, request.key.clone()));
             }
-            asked.add_change(&write.change);
+            query.add_change(&write.change);
             if let (RecordChange::Account(account), None) = (&write.change, write.expected_revision) {
-                asked.folded_accounts.insert(account.id.to_case_folded());
+                query.folded_accounts.insert(account.id.to_case_folded());
             }
-            write.read_set.iter().for_each(|(place, _)| asked.add_read(place));
+            write.read_set.iter().for_each(|(record, _)| query.add_read(record));
             if let Some((_, owner)) = applicable_limits(write) {
                 if let (RecordChange::Role(_), None, Some(account)) =
                     (&write.change, write.expected_revision, owner.account())
                 {
-                    asked.role_counts.insert(account.clone());
+                    query.role_counts.insert(account.clone());
                 }
-                asked.tallies.insert(owner);
+                query.tallies.insert(owner);
             }
         }
-        asked
+        query
     }
 
-    /// The writes of a batch have many reads in common: each is copied once.
-    fn add_read(&mut self, place: &RecordId) {
-        match place {
+    /// The writes of a batch share many reads, so each is copied only once.
+    fn add_read(&mut self, record: &RecordId) {
+        match record {
             RecordId::Key(id) => {
                 self.keys.insert(*id);
             }
@@ -187,7 +217,7 @@ fn retired_version(key: &ApiKey) -> Option<u32> {
     }
 }
 
-/// What is known of an idempotency key.
+/// The request that was recorded under an idempotency key.
 #[derive(Debug)]
 pub(super) struct RecordedRequest {
     pub(super) key_id: KeyId,
@@ -195,8 +225,8 @@ pub(super) struct RecordedRequest {
     pub(super) created_at: Timestamp,
 }
 
-/// A secret that the tables hold: whose it is, and when its row says that it ends, with that row's checksum. None = it was
-/// written in this run.
+/// A secret in the tables: its key, its version, and its row's expiry and checksum. `None` if the secret was written in
+/// this run.
 #[derive(Debug)]
 pub(super) struct StoredSecret {
     pub(super) key_id: KeyId,
@@ -210,54 +240,54 @@ impl StoredSecret {
     }
 }
 
-/// An unrevoked key that has a name, and the spelling in its row.
+/// An unrevoked key that has a name, and the form of the name in its row.
 #[derive(Debug)]
 pub(super) struct NameHolder {
     pub(super) key_id: KeyId,
     pub(super) stored_name: KeyName,
 }
 
-/// The answers to [`PreStateQuery`]. What is not in a map is not in the tables.
+/// The state of the tables, as far as [`PreStateQuery`] requests it. What is missing in a map is not in the tables.
 #[derive(Debug, Default)]
 pub(super) struct PreState {
     pub(super) requests: HashMap<(KeyId, IdempotencyKey), RecordedRequest>,
     pub(super) keys: HashMap<KeyId, Revision>,
-    /// Which unrevoked keys have a name, by its normalized form. Releases that did not normalize names may have left
-    /// several.
+    /// The unrevoked keys that have a name, by its normalized form. Older releases did not normalize names, so there
+    /// may be several.
     pub(super) names: HashMap<(KeyOwner, KeyName), Vec<NameHolder>>,
     pub(super) digests: HashMap<TokenDigest, StoredSecret>,
     pub(super) retired_secrets: HashMap<KeyId, KeySecret>,
     pub(super) accounts: HashMap<AccountId, Revision>,
-    /// Accounts by their case-folded ids, as far as [`PreStateQuery::folded_accounts`] asks.
+    /// Accounts by their case-folded ids.
     pub(super) folded_accounts: HashMap<String, AccountId>,
     pub(super) roles: HashMap<RoleId, Revision>,
     pub(super) members: HashMap<(AccountId, UserId), Revision>,
-    /// How many unrevoked keys and members use the role to be deleted.
+    /// The numbers of unrevoked keys and of members that have the role to delete.
     pub(super) role_uses: (u64, u64),
     pub(super) tallies: HashMap<KeyOwner, OwnerTally>,
-    /// How many roles of its own an account has.
+    /// The number of roles that belong to an account.
     pub(super) role_counts: HashMap<AccountId, u64>,
     pub(super) fence: LogFence,
 }
 
-/// What a run comes to: its outcomes and log rows, and what goes with them.
+/// The outcomes and log entries of a run, and the other rows to write.
 #[derive(Debug)]
 pub(super) struct WritePlan<'w> {
     pub(super) committed: CommittedBatch,
-    /// Where the log ends after it.
+    /// The end of the log after the run.
     pub(super) head: LogHead,
-    /// Secrets of the records whose rows do not say the same already; and those that left their record alive, and end now.
+    /// Secrets whose rows must change: those in the records, and those that leave their record now and thereby expire.
     pub(super) secrets: Vec<(KeyId, KeySecret)>,
-    /// Idempotency keys to be kept, with what was made under them.
+    /// Idempotency keys to store, with the key that was created.
     pub(super) requests: Vec<(&'w IdempotentRequest, KeyId, Timestamp)>,
-    /// The newest format of the log, if the run raises it.
+    /// The newest format in the log, if the run raises it.
     pub(super) log_format: Option<LogFormat>,
 }
 
-/// Decides a run after `head`, each write in the light of those before it.
+/// Decides a run after `head`. Each write sees the effects of those before it.
 pub(super) fn plan_run<'w>(
     run: &'w [WriteRequest],
-    mut facts: PreState,
+    mut state: PreState,
     head: LogHead,
 ) -> Result<WritePlan<'w>, serde_json::Error> {
     let mut plan = WritePlan {
@@ -268,16 +298,16 @@ pub(super) fn plan_run<'w>(
         log_format: None,
     };
     for write in run {
-        let outcome = match facts.find_previous_outcome(write) {
+        let outcome = match state.find_previous_outcome(write) {
             Some(outcome) => outcome,
             None => {
-                let verdict = facts
+                let verdict = state
                     .check_reads(&write.read_set)
-                    .and_then(|()| facts.check_change(&write.change, write.expected_revision))
-                    .and_then(|()| facts.check_limits(write))
-                    .and_then(|()| facts.fence.check(write));
+                    .and_then(|()| state.check_change(&write.change, write.expected_revision))
+                    .and_then(|()| state.check_limits(write))
+                    .and_then(|()| state.fence.check(write));
                 match verdict {
-                    Ok(()) => Ok(WriteOutcome::Applied(plan.record_write(write, &mut facts)?)),
+                    Ok(()) => Ok(WriteOutcome::Applied(plan.record_write(write, &mut state)?)),
                     Err(rejection) => Err(rejection),
                 }
             }
@@ -288,29 +318,29 @@ pub(super) fn plan_run<'w>(
 }
 
 impl<'w> WritePlan<'w> {
-    /// Records an accepted write.
+    /// Adds an accepted write to the plan, and applies it to the state.
     fn record_write(
         &mut self,
         write: &'w WriteRequest,
-        facts: &mut PreState,
+        state: &mut PreState,
     ) -> Result<RecordChange, serde_json::Error> {
         let change = write.change.clone().with_revision(self.head.revision.next());
-        let row = write.to_log_entry(&change, self.head)?;
+        let row = to_log_entry(write, &change, self.head)?;
         self.head = LogHead { revision: row.revision, hash: row.hash };
         if let RecordChange::Key(key) = &change {
-            let changed = key.secrets.iter().filter(|secret| !facts.has_same_row(key.id, secret));
+            let changed = key.secrets.iter().filter(|secret| !state.has_same_row(key.id, secret));
             self.secrets.extend(changed.map(|secret| (key.id, secret.clone())));
-            self.secrets.extend(write.expected_revision.and_then(|_| facts.end_retired_secret(key)));
+            self.secrets.extend(write.expected_revision.and_then(|_| state.end_retired_secret(key)));
         }
         if let (Some(request), Some(key_id)) = (&write.idempotency, change.key_id()) {
             let known = RecordedRequest { key_id, fingerprint: request.fingerprint, created_at: write.at };
-            facts.requests.insert((request.caller, request.key.clone()), known);
+            state.requests.insert((request.caller, request.key.clone()), known);
             self.requests.push((request, key_id, write.at));
         }
-        self.log_format = facts.fence.raise(write).or(self.log_format);
-        facts.apply_change(&change);
+        self.log_format = state.fence.raise(write).or(self.log_format);
+        state.apply_change(&change);
         if let Some(owner) = counted_owner(&change) {
-            facts.tallies.entry(owner).or_default().add_write(write);
+            state.tallies.entry(owner).or_default().add_write(write);
         }
         self.committed.entries.push((row, change.clone()));
         Ok(change)
@@ -322,30 +352,30 @@ fn check_revision(found: Option<&Revision>, expect: Option<Revision>) -> WriteVe
 }
 
 impl PreState {
-    /// What is known of a write's idempotency key.
+    /// The outcome that was recorded under the write's idempotency key.
     fn find_previous_outcome(&self, write: &WriteRequest) -> Option<Result<WriteOutcome, WriteRejection>> {
-        let asked = write.idempotency.as_ref()?;
-        let known = self.requests.get(&(asked.caller, asked.key.clone()))?;
+        let request = write.idempotency.as_ref()?;
+        let known = self.requests.get(&(request.caller, request.key.clone()))?;
         if known.created_at < write.at.saturating_sub(IDEMPOTENCY_WINDOW) {
             return None;
         }
-        Some(if known.fingerprint == asked.fingerprint {
+        Some(if known.fingerprint == request.fingerprint {
             Ok(WriteOutcome::Replayed(known.key_id))
         } else {
             Err(WriteRejection::IdempotencyReused)
         })
     }
 
-    /// Whether every record that the authorization has read is as it was.
+    /// Checks that every record in the read set is unchanged.
     fn check_reads(&self, reads: &ReadSet) -> WriteVerdict {
-        let moved = reads.iter().any(|(place, seen)| {
-            let now = match place {
+        let moved = reads.iter().any(|(record, read)| {
+            let revision = match record {
                 RecordId::Key(id) => self.keys.get(id),
                 RecordId::Account(id) => self.accounts.get(id),
                 RecordId::Role(account, name) => self.roles.get(&(account.clone(), name.clone())),
                 RecordId::Member(account, user) => self.members.get(&(account.clone(), user.clone())),
             };
-            !seen.still_matches(now.copied())
+            !read.still_matches(revision.copied())
         });
         if moved { Err(WriteRejection::AuthorizationChanged) } else { Ok(()) }
     }
@@ -372,8 +402,8 @@ impl PreState {
                 }
             }
             RecordChange::Member(member) => {
-                let place = (member.account.clone(), member.user.clone());
-                check_revision(self.members.get(&place), expect)?;
+                let record = (member.account.clone(), member.user.clone());
+                check_revision(self.members.get(&record), expect)?;
                 self.check_role_exists(Some(&member.account), &member.role)
             }
             RecordChange::MemberRemoved(member) => {
@@ -382,7 +412,7 @@ impl PreState {
         }
     }
 
-    /// Whether the account's limits leave room for a write.
+    /// Checks the write against the limits of its account or user.
     fn check_limits(&self, write: &WriteRequest) -> WriteVerdict {
         let Some((limits, owner)) = applicable_limits(write) else { return Ok(()) };
         let roles = owner.account().and_then(|account| self.role_counts.get(account));
@@ -403,14 +433,14 @@ impl PreState {
             self.digests.get(&secret.digest).is_some_and(|held| !held.belongs_to(key.id, secret.version))
         };
         let newest_taken = key.secrets.first().is_some_and(taken);
-        // A new key that exists under another id, with the same name, is a duplicate digest.
+        // If a new key exists under another id with the same name, the error is the duplicate digest.
         if self.is_name_taken(key) && !(expect.is_none() && newest_taken) {
             return Err(WriteRejection::NameTaken);
         }
         if key.secrets.iter().any(taken) { Err(WriteRejection::DigestTaken) } else { Ok(()) }
     }
 
-    /// Whether an account has a role: its own, or a global one.
+    /// Checks that an account has a role: its own, or a global one.
     fn check_role_exists(&self, account: Option<&AccountId>, role: &RoleName) -> WriteVerdict {
         let exists = |account: Option<&AccountId>| self.roles.contains_key(&(account.cloned(), role.clone()));
         if exists(account) || exists(None) { Ok(()) } else { Err(WriteRejection::RoleNotFound) }
@@ -419,12 +449,12 @@ impl PreState {
     fn is_name_taken(&self, key: &ApiKey) -> bool {
         let Some(name) = key.spec.name.as_ref().filter(|_| key.revocation.is_none()) else { return false };
         let Some(holders) = self.names.get(&(key.owner.clone(), name.normalized())) else { return false };
-        // A key that keeps its name may be changed even if another key has the name too.
+        // A key that keeps its name may change even if another key has the same name.
         let keeps = holders.iter().any(|holder| holder.key_id == key.id && holder.stored_name == *name);
         !keeps && holders.iter().any(|holder| holder.key_id != key.id)
     }
 
-    /// Whether the secret's row says the same: all else in it never changes.
+    /// Whether the secret's row is up to date. Only the expiry of a secret can change.
     fn has_same_row(&self, id: KeyId, secret: &KeySecret) -> bool {
         self.digests.get(&secret.digest).is_some_and(|held| {
             let row = Some((secret.expires_at, secret_checksum(id.as_bytes(), secret)));
@@ -432,7 +462,7 @@ impl PreState {
         })
     }
 
-    /// The secret that left the record when the newest was made, ended then if it was alive still.
+    /// The secret that left the record when the newest was created, expired at that time if it was still valid.
     fn end_retired_secret(&self, key: &ApiKey) -> Option<(KeyId, KeySecret)> {
         let left = self.retired_secrets.get(&key.id)?;
         let end = key.secrets.first()?.created_at;
@@ -441,7 +471,7 @@ impl PreState {
         alive.then(|| (key.id, KeySecret { expires_at: Some(end), ..left.clone() }))
     }
 
-    /// What a recorded change makes of the facts.
+    /// Updates the state after a recorded change.
     fn apply_change(&mut self, change: &RecordChange) {
         match change {
             RecordChange::Key(key) => self.apply_key(key),
@@ -450,8 +480,8 @@ impl PreState {
                 self.folded_accounts.insert(account.id.to_case_folded(), account.id.clone());
             }
             RecordChange::Role(role) => {
-                let place = (role.account.clone(), role.name.clone());
-                let new = self.roles.insert(place, role.revision).is_none();
+                let record = (role.account.clone(), role.name.clone());
+                let new = self.roles.insert(record, role.revision).is_none();
                 if let Some(account) = role.account.clone().filter(|_| new) {
                     *self.role_counts.entry(account).or_default() += 1;
                 }
@@ -495,24 +525,24 @@ mod tests {
         KeyName::from_stored(text).unwrap()
     }
 
-    /// What the tables say of two keys that an earlier release let have one name in two forms.
+    /// The state of two keys to which an earlier release gave one name in two forms.
     fn collided() -> (KeyOwner, PreState) {
         let owner = KeyOwner::Account(AccountId::parse("acme").unwrap());
         let holders = [(1, "\u{e9}"), (2, "e\u{301}")]
             .map(|(number, form)| NameHolder { key_id: key_id(number), stored_name: name(form) });
-        let mut facts = PreState::default();
-        facts.names.insert((owner.clone(), name("\u{e9}")), holders.into());
-        (owner, facts)
+        let mut state = PreState::default();
+        state.names.insert((owner.clone(), name("\u{e9}")), holders.into());
+        (owner, state)
     }
 
     #[test]
     fn a_key_keeps_a_name_that_another_has_in_another_form_and_gets_it_no_second_time() {
-        let (owner, facts) = collided();
+        let (owner, state) = collided();
         let taken = |number, form: &str| {
             let mut key = crate::domain::key::tests::sample_key();
             (key.id, key.owner) = (key_id(number), owner.clone());
             key.spec.name = Some(name(form));
-            facts.is_name_taken(&key)
+            state.is_name_taken(&key)
         };
         assert!(!taken(1, "\u{e9}") && !taken(2, "e\u{301}"), "a key is rotated under the name that it has");
         assert!(taken(1, "e\u{301}") && taken(2, "\u{e9}"), "its new name would be the other's");

@@ -1,6 +1,7 @@
-//! Bulk reads of PostgreSQL: pages by COPY, which cost both sides less than rows of a query.
+//! Bulk reads of PostgreSQL by COPY, which costs both sides less than the rows of a query.
 
 use async_trait::async_trait;
+use sqlx::Postgres as PgDatabase;
 
 use crate::{
     domain::{key::ApiKey, log::LogEntry, name::KeyId, time::Revision},
@@ -13,25 +14,26 @@ use crate::{
 };
 
 use super::{
-    CALL_TIMEOUT, Db, PostgresStore,
     copy_reader::{CopyRow, copy_rows},
-    store_error, with_timeout,
+    errors::store_error,
+    store::PostgresStore,
+    timeouts::{CALL_TIMEOUT, with_timeout},
 };
 
-/// A reader of one database. Each page is a transaction of its own, which any session may have.
+/// A bulk reader. Each page is a separate transaction, in any session.
 pub(super) struct PgBulkReader<'s> {
     store: &'s PostgresStore,
-    alike: KeyParseCache,
+    parse_cache: KeyParseCache,
 }
 
 impl<'s> PgBulkReader<'s> {
     pub(super) fn new(store: &'s PostgresStore) -> Self {
-        PgBulkReader { store, alike: KeyParseCache::default() }
+        PgBulkReader { store, parse_cache: KeyParseCache::default() }
     }
 
-    async fn each(
+    async fn for_each_row(
         &self,
-        query: SqlQuery<Db>,
+        query: SqlQuery<PgDatabase>,
         take: &mut (dyn FnMut(&CopyRow<'_>) -> Result<(), StoreError> + Send),
     ) -> Result<(), StoreError> {
         let (sql, _) = query.into_parts();
@@ -50,20 +52,20 @@ impl BulkReader for PgBulkReader<'_> {
             entries.push(decode_log_entry(row)?);
             Ok(())
         };
-        self.each(queries::log_after(revision, limit), &mut take).await?;
+        self.for_each_row(queries::log_after(revision, limit), &mut take).await?;
         Ok(entries)
     }
 
     async fn keys_at(&mut self, ids: &[KeyId]) -> Result<Vec<ApiKey>, StoreError> {
         let mut keys = Vec::with_capacity(ids.len());
-        let mut gather = KeyAssembler::with_cache(std::mem::take(&mut self.alike));
+        let mut assembler = KeyAssembler::with_cache(std::mem::take(&mut self.parse_cache));
         let mut take = |row: &CopyRow<'_>| {
-            keys.extend(gather.push_row(row)?.map(|stored| stored.key));
+            keys.extend(assembler.push_row(row)?.map(|stored| stored.key));
             Ok(())
         };
-        self.each(queries::keys_without_uses(ids), &mut take).await?;
-        keys.extend(gather.finish()?.map(|stored| stored.key));
-        self.alike = gather.into_cache();
+        self.for_each_row(queries::keys_without_uses(ids), &mut take).await?;
+        keys.extend(assembler.finish()?.map(|stored| stored.key));
+        self.parse_cache = assembler.into_cache();
         Ok(keys)
     }
 
@@ -77,7 +79,7 @@ impl BulkReader for PgBulkReader<'_> {
             keys.push(decode_key_revision(row)?);
             Ok(())
         };
-        self.each(queries::key_revisions(after, limit), &mut take).await?;
+        self.for_each_row(queries::key_revisions(after, limit), &mut take).await?;
         Ok(keys)
     }
 }

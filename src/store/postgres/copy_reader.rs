@@ -1,6 +1,7 @@
-//! Rows by `COPY … TO STDOUT (FORMAT binary)`, which cost both sides less than half of what those of a query do. The
-//! format is PostgreSQL's own, and the same in every version: a head, then rows, each the number of its columns and
-//! each column with its length, then an end.
+//! Reads rows by `COPY … TO STDOUT (FORMAT binary)`, which costs both sides less than half of a query.
+//!
+//! The format is the same in all versions of PostgreSQL: a header, then rows (the number of columns, then each column
+//! with its length), then a trailer.
 
 use std::borrow::Cow;
 
@@ -9,23 +10,26 @@ use sqlx::PgConnection;
 
 use crate::store::{StoreError, row_decoding::RowColumns};
 
-use super::{NEXT_ROW_TIMEOUT, PgResult, store_error, with_timeout};
+use super::{
+    errors::{PgResult, store_error},
+    timeouts::{NEXT_ROW_TIMEOUT, with_timeout},
+};
 
-/// What every such stream begins with.
+/// The first bytes of every such stream.
 const COPY_SIGNATURE: &[u8] = b"PGCOPY\n\xff\r\n\0";
-/// Signature, flags, length of an extension that nobody has.
+/// The length of the signature, the flags, and the length of the header extension, which is empty.
 const HEADER_LEN: usize = COPY_SIGNATURE.len() + 8;
-/// How many messages are taken at once when they are there already.
+/// How many messages are taken at once if they have arrived.
 const MAX_READY_MESSAGES: usize = 64;
-/// How much is read before the room of what was taken is used again.
+/// How many consumed bytes are kept before the buffer is compacted.
 const COMPACT_THRESHOLD: usize = 64 * 1024;
 
-/// Gives each row of a query without arguments to `take`, while they come in.
+/// Passes each row of a query without arguments to `take` while they arrive.
 pub(super) async fn copy_rows(
     connection: &mut PgConnection,
     query: &str,
-    take: &mut (dyn FnMut(&CopyRow<'_>) -> std::result::Result<(), StoreError> + Send),
-) -> std::result::Result<(), StoreError> {
+    take: &mut (dyn FnMut(&CopyRow<'_>) -> Result<(), StoreError> + Send),
+) -> Result<(), StoreError> {
     let sql = format!("COPY ({query}) TO STDOUT (FORMAT binary)");
     let messages =
         with_timeout(NEXT_ROW_TIMEOUT, connection.copy_out_raw(&sql)).await.map_err(store_error)?;
@@ -46,15 +50,15 @@ fn copy_error(what: &str) -> sqlx::Error {
     sqlx::Error::Protocol(format!("a COPY from the server cannot be read: {what}"))
 }
 
-/// What has come in, and the row in it that is looked at.
+/// The received bytes and the current row in them.
 #[derive(Default)]
 struct CopyReader {
     bytes: Vec<u8>,
-    /// Where the next row begins.
+    /// The offset of the next row.
     at: usize,
     has_header: bool,
     has_trailer: bool,
-    /// Where each column of the row begins and ends; None = NULL.
+    /// The range of each column of the current row; `None` = NULL.
     columns: Vec<Option<(usize, usize)>>,
 }
 
@@ -67,7 +71,7 @@ impl CopyReader {
         self.bytes.extend_from_slice(message);
     }
 
-    /// Goes to the next row, if all of it has come in.
+    /// Moves to the next row if it has arrived completely.
     fn next_row(&mut self) -> PgResult<bool> {
         if !self.has_header {
             let Some(head) = self.bytes.get(..HEADER_LEN) else { return Ok(false) };
@@ -98,14 +102,14 @@ impl CopyReader {
     }
 }
 
-/// The bytes of a number, which `at` goes past.
+/// The bytes of a number; moves `at` behind them.
 fn read_number<const N: usize>(bytes: &[u8], at: &mut usize) -> Option<[u8; N]> {
     let number = bytes.get(*at..)?.first_chunk()?;
     *at += N;
     Some(*number)
 }
 
-/// One row.
+/// A row that borrows from the received bytes.
 pub(super) struct CopyRow<'r> {
     bytes: &'r [u8],
     columns: &'r [Option<(usize, usize)>],
@@ -113,7 +117,7 @@ pub(super) struct CopyRow<'r> {
 
 impl CopyRow<'_> {
     fn require_value<T>(value: Option<T>) -> PgResult<T> {
-        value.ok_or_else(|| copy_error("a column is NULL that never is"))
+        value.ok_or_else(|| copy_error("a column is NULL that must not be"))
     }
 }
 

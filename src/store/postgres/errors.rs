@@ -1,14 +1,21 @@
-//! PostgreSQL's errors, and what each means to whoever asked. Words for callers and the retries that follow are not here.
+//! Classifies PostgreSQL's errors: damage, a full disk, a lost connection, a refused commit.
+//!
+//! Messages for callers, and retries, are not here.
 
 use sqlx::postgres::{PgDatabaseError, PgSeverity};
 
-use crate::store::{StoreError, row_format::damaged_error};
+use crate::store::{OpenError, StoreError, row_format::damaged_error};
+
+use super::target::PgTarget;
+
+/// The result of a call of sqlx.
+pub(super) type PgResult<T> = Result<T, sqlx::Error>;
 
 pub(super) fn as_server_error(error: &sqlx::Error) -> Option<&PgDatabaseError> {
     error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()
 }
 
-/// Whether the connection is of no more use: a fault on the way, or a server that ends its sessions.
+/// Whether the connection is unusable: a network error, or a server that ends its sessions.
 pub(super) fn is_connection_lost(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(error) => error.kind() != std::io::ErrorKind::TimedOut,
@@ -17,9 +24,9 @@ pub(super) fn is_connection_lost(error: &sqlx::Error) -> bool {
     }
 }
 
-/// Whether the server refused to commit, so that certainly nothing was. Whatever ends the session leaves it open:
-/// the commit may be on disk already. Poolers report a lost server as an error of a connection (08), and servers
-/// that stop or break as such (57P, 58, XX); CockroachDB says 40003 where it does not know.
+/// Whether the server refused to commit, so that certainly nothing is recorded. An error that ends the session leaves
+/// it open: the commit may be on disk. Poolers report a lost server as a connection error (08). Servers that stop or
+/// crash report 57P, 58 or XX. CockroachDB uses 40003 for an unknown outcome.
 pub(super) fn is_commit_refused(error: &sqlx::Error) -> bool {
     const UNDECIDED: [&str; 5] = ["08", "57P", "58", "XX", "40003"];
     as_server_error(error).is_some_and(|error| {
@@ -28,18 +35,19 @@ pub(super) fn is_commit_refused(error: &sqlx::Error) -> bool {
     })
 }
 
-/// A server that takes no changes, which a reconnection can meet: at the start the doctor refuses it. It is as if it were
-/// down, since what it says may be old; the log is to tell what is wrong all the same.
+/// A server that accepts no changes, reached by a reconnection: at the start, `server_check` refuses it. It counts as
+/// unavailable, since its data may be old; the log explains the cause.
 #[derive(Debug, thiserror::Error)]
-#[error("the server takes no changes: it is a standby, or read-only. Its address must lead to the primary")]
+#[error("the server accepts no changes: it is a standby or read-only. Its address must lead to the primary")]
 struct ReadOnlyServerError(#[source] sqlx::Error);
 
-/// Whether the server takes no changes at all. One in recovery says so of `BEGIN … READ WRITE`, under a code that others
-/// use for much else: but of what we send, by this check alone.
-fn is_read_only_server(said: &PgDatabaseError) -> bool {
+/// Whether the server accepts no changes at all. A server in recovery rejects `BEGIN … READ WRITE` with a code that has
+/// many other causes; among our statements, only this check raises it.
+fn is_read_only_server(server_error: &PgDatabaseError) -> bool {
     const READ_ONLY: &str = "25006";
     const NOT_SUPPORTED: &str = "0A000";
-    said.code() == READ_ONLY || said.code() == NOT_SUPPORTED && said.routine() == Some("call_bool_check_hook")
+    server_error.code() == READ_ONLY
+        || server_error.code() == NOT_SUPPORTED && server_error.routine() == Some("call_bool_check_hook")
 }
 
 const DISK_FULL: &str = "53100";
@@ -47,10 +55,10 @@ const DATA_CORRUPTED: &str = "XX001";
 const INDEX_CORRUPTED: &str = "XX002";
 
 pub(super) fn store_error(error: sqlx::Error) -> StoreError {
-    let said = as_server_error(&error);
-    match said.map(PgDatabaseError::code) {
+    let server_error = as_server_error(&error);
+    match server_error.map(PgDatabaseError::code) {
         Some(DISK_FULL) => StoreError::Full(error.into()),
-        Some(_) if said.is_some_and(is_read_only_server) => {
+        Some(_) if server_error.is_some_and(is_read_only_server) => {
             StoreError::Unavailable(ReadOnlyServerError(error).into())
         }
         Some(DATA_CORRUPTED | INDEX_CORRUPTED) => damaged_error("the PostgreSQL server's data", error),
@@ -58,13 +66,22 @@ pub(super) fn store_error(error: sqlx::Error) -> StoreError {
     }
 }
 
-/// Whether an error may be gone by itself: a server that does not answer, is starting or stopping, or has no room for
-/// another session.
+/// Whether an error may pass by itself: the server does not answer, is starting or stopping, or accepts no more
+/// sessions.
 pub(super) fn is_transient(error: &sqlx::Error) -> bool {
     const PASSING: [&str; 3] = ["57P", "08", "53"];
     match error {
         sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut => true,
         error => as_server_error(error)
-            .is_some_and(|said| PASSING.iter().any(|class| said.code().starts_with(class))),
+            .is_some_and(|server_error| PASSING.iter().any(|class| server_error.code().starts_with(class))),
+    }
+}
+
+pub(super) fn open_error(target: &PgTarget, error: sqlx::Error) -> OpenError {
+    let path = target.display_name.clone();
+    if is_transient(&error) {
+        OpenError::Unreachable { path, source: error.into() }
+    } else {
+        OpenError::Other { path, source: error.into() }
     }
 }

@@ -1,62 +1,56 @@
-//! Looking at a server that others use: nothing is migrated or changed.
+//! Inspects a server that others use, read-only.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use sqlx::{Connection as _, PgConnection};
 
 use crate::store::{
     OpenError, Store, backend,
-    inspect::{DatabaseInspection, DatabaseKind},
+    inspection::{DatabaseInspection, DatabaseKind},
 };
 
 use super::{
-    ACQUIRE_TIMEOUT, BeginStatements, CALL_TIMEOUT, PgTarget, PostgresStore, ReplicaConnections, SeenServers,
-    build_pool, migrate, open_error, server_check, with_timeout,
+    errors::open_error,
+    migrate, server_check,
+    store::PostgresStore,
+    target::PgTarget,
+    timeouts::{ACQUIRE_TIMEOUT, CALL_TIMEOUT, with_timeout},
 };
 
-/// Looks at the server that `url` names.
+/// Inspects the server that `url` names.
 ///
 /// # Errors
-/// When it cannot be reached, or the URL names none.
+/// If the server cannot be reached, or the URL names none.
 pub(in crate::store) async fn inspect(url: &str) -> Result<DatabaseInspection, OpenError> {
-    let place = PgTarget::parse(url)?;
-    let failed = |error: sqlx::Error| open_error(&place, error);
-    let connecting = PgConnection::connect_with(&place.options);
+    let target = PgTarget::parse(url)?;
+    let failed = |error: sqlx::Error| open_error(&target, error);
+    let connecting = PgConnection::connect_with(&target.options);
     let mut connection = with_timeout(ACQUIRE_TIMEOUT, connecting).await.map_err(failed)?;
-    let facts =
+    let info =
         with_timeout(CALL_TIMEOUT, server_check::read_server_info(&mut connection)).await.map_err(failed)?;
-    let schema =
-        with_timeout(CALL_TIMEOUT, migrate::newest_applied(&place, &mut connection)).await.map_err(failed)?;
+    let schema = with_timeout(CALL_TIMEOUT, migrate::newest_applied(&target, &mut connection))
+        .await
+        .map_err(failed)?;
     let _ = with_timeout(CALL_TIMEOUT, connection.close()).await;
-    let (shown, known) = (place.display_name.clone(), migrate::newest_known());
-    let (standby, durable) =
-        (facts.in_recovery, server_check::durable_synchronous_commit(&facts.synchronous_commit));
-    let mut seen = DatabaseInspection {
-        display_name: shown,
+    let newest_schema_version = migrate::newest_known();
+    let (in_recovery, synchronous_commit) =
+        (info.in_recovery, server_check::durable_synchronous_commit(&info.synchronous_commit));
+    let mut inspection = DatabaseInspection {
+        display_name: target.display_name.clone(),
         schema_version: schema,
-        newest_schema_version: known,
-        kind: DatabaseKind::Postgres(facts),
+        newest_schema_version,
+        kind: DatabaseKind::Postgres(info),
         log_check: None,
         store: None,
     };
-    // A standby refuses the transactions of a server, and may lag: the primary is to be looked at.
-    if schema == Some(known) && !standby {
-        let (pool, fleet) = (build_pool(&place), ReplicaConnections::new(&place));
-        let begins = BeginStatements::new(&place.schema, durable);
-        let (known, sources) = (Mutex::default(), SeenServers::default());
-        let store = Arc::new(PostgresStore {
-            target: place,
-            pool,
-            begin_statements: begins,
-            replica_connections: fleet,
-            known_head: known,
-            seen_servers: sources,
-        });
-        seen.log_check = Some(match backend::verify_newest_log(&*store).await {
+    // A standby rejects read-write transactions and may lag; only a primary is inspected further.
+    if schema == Some(newest_schema_version) && !in_recovery {
+        let store = Arc::new(PostgresStore::new(target, synchronous_commit));
+        inspection.log_check = Some(match backend::verify_newest_log(&*store).await {
             Ok(()) => store.log_head().await,
             Err(error) => Err(error),
         });
-        seen.store = Some(store);
+        inspection.store = Some(store);
     }
-    Ok(seen)
+    Ok(inspection)
 }

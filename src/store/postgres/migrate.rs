@@ -1,5 +1,7 @@
-//! The schema and its tables. sqlx's own migrator keeps a lock in its session and leaves statements there, which
-//! pgbouncer does not bear; so this is one transaction: the lock, the checks, what is missing, the note of it.
+//! Migrates the schema of a PostgreSQL database.
+//!
+//! sqlx's migrator keeps a lock and named statements in its session, which pgbouncer does not support. So everything is
+//! one transaction: the lock, the checks, the missing steps and their records.
 
 use sha2::{Digest as _, Sha256};
 use sqlx::{AssertSqlSafe, PgConnection, PgPool};
@@ -9,19 +11,22 @@ use crate::{
     domain::log::GENESIS_HASH,
     store::{
         MigrationStep, OpenError, SchemaPolicy,
-        open::{CASE_COLLISIONS, check_account_ids},
         row_decoding::RowColumns as _,
+        schema::{CASE_COLLISIONS, check_account_ids},
     },
 };
 
 use super::{
-    PgResult, PgTarget, as_server_error, begin_transaction, open_error, replica_registry, unnamed_query,
-    with_timeout,
+    errors::{PgResult, as_server_error, open_error},
+    server_identity::UNKNOWN_SERVER,
+    target::PgTarget,
+    timeouts::with_timeout,
+    transaction::{begin_transaction, unnamed_query},
 };
 
-/// The step after which no two ids of accounts differ in case alone.
+/// The step after which account ids must not differ only in case.
 const NAMES: i64 = 9;
-/// How long a migration may take.
+/// The time limit of all missing steps together.
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(600);
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 
@@ -31,7 +36,8 @@ struct PgMigration {
     sql: &'static str,
 }
 
-/// The migrations, oldest first, with the numbers and names that SQLite's have. Never edited once released.
+/// The migrations, oldest first, with the numbers and names of SQLite's. A released one never changes: the database has
+/// its checksum.
 const MIGRATIONS: [PgMigration; 10] = [
     PgMigration { version: 1, name: "start", sql: include_str!("../migrations/postgres/0001_start.sql") },
     PgMigration { version: 2, name: "people", sql: include_str!("../migrations/postgres/0002_people.sql") },
@@ -53,14 +59,14 @@ const MIGRATIONS: [PgMigration; 10] = [
     },
 ];
 
-/// What to do with the steps that a schema lacks.
+/// What to do about missing steps.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum PendingAction {
-    /// Take them.
+    /// Run them, and commit.
     Apply,
-    /// Tell of them.
+    /// Return them, and change nothing.
     Report,
-    /// Refuse to go on.
+    /// Fail, if there are any.
     Refuse,
 }
 
@@ -73,66 +79,65 @@ impl From<SchemaPolicy> for PendingAction {
     }
 }
 
-/// Brings the schema to what this program knows, or does what else is to be done; or says why it cannot. Gives the steps
-/// that it lacked.
+/// Migrates the schema, or does what else `action` requests. Returns the missing steps.
 pub(super) async fn run_migrations(
-    place: &PgTarget,
+    target: &PgTarget,
     pool: &PgPool,
-    what: PendingAction,
-) -> std::result::Result<Vec<MigrationStep>, OpenError> {
+    action: PendingAction,
+) -> Result<Vec<MigrationStep>, OpenError> {
     let failed = |error: sqlx::Error| match as_server_error(&error) {
-        Some(said) if said.code() == INSUFFICIENT_PRIVILEGE => OpenError::Unsuitable {
-            database: place.display_name.clone(),
-            what: format!("its role may not do what a start needs ({})", said.message()),
-            fix: "Let a superuser make the schema for it: CREATE SCHEMA … AUTHORIZATION … (see README)",
+        Some(error) if error.code() == INSUFFICIENT_PRIVILEGE => OpenError::Unsuitable {
+            database: target.display_name.clone(),
+            what: format!("its role lacks a privilege that a start needs ({})", error.message()),
+            fix: "Let a superuser create the schema for it: CREATE SCHEMA … AUTHORIZATION … (see README)",
         },
-        _ => open_error(place, error),
+        _ => open_error(target, error),
     };
-    let begun: Arc<str> = Arc::from(format!(
+    let begin: Arc<str> = Arc::from(format!(
         "BEGIN READ WRITE; SET LOCAL search_path TO \"{}\"; SET LOCAL statement_timeout TO {}; \
          SET LOCAL synchronous_commit TO on",
-        place.schema,
+        target.schema,
         MIGRATION_TIMEOUT.as_millis()
     ));
-    let (mut session, _) = begin_transaction(pool, &begun).await.map_err(failed)?;
+    let (mut session, _) = begin_transaction(pool, &begin).await.map_err(failed)?;
     let migrated = async {
-        let steps = match migrate_in_transaction(place, session.connection(), what).await? {
+        let steps = match migrate_in_transaction(target, session.connection(), action).await? {
             Ok(steps) => steps,
             Err(refused) => return Ok(Err(refused)),
         };
-        session.finish(if what == PendingAction::Report { "ROLLBACK" } else { "COMMIT" }).await?;
+        session.finish(if action == PendingAction::Report { "ROLLBACK" } else { "COMMIT" }).await?;
         Ok(Ok(steps))
     };
     with_timeout(MIGRATION_TIMEOUT, migrated).await.map_err(failed)?
 }
 
 async fn migrate_in_transaction(
-    place: &PgTarget,
+    target: &PgTarget,
     connection: &mut PgConnection,
-    what: PendingAction,
-) -> PgResult<std::result::Result<Vec<MigrationStep>, OpenError>> {
+    action: PendingAction,
+) -> PgResult<Result<Vec<MigrationStep>, OpenError>> {
     unnamed_query("SELECT pg_advisory_xact_lock($1)")
-        .bind(place.advisory_lock_key("migrate"))
+        .bind(target.advisory_lock_key("migrate"))
         .execute(&mut *connection)
         .await?;
-    create_schema(place, connection).await?;
+    create_schema(target, connection).await?;
     let applied = applied_migrations(connection).await?;
-    if let Err(refused) = check_known(place, &applied) {
+    if let Err(refused) = check_known(target, &applied) {
         return Ok(Err(refused));
     }
     let is_pending = |one: &&PgMigration| !applied.iter().any(|(done, _)| *done == one.version);
     let pending: Vec<_> = MIGRATIONS.iter().filter(is_pending).collect();
     let steps =
         pending.iter().map(|one| MigrationStep { version: one.version, name: one.name.to_owned() }).collect();
-    if what == PendingAction::Report {
+    if action == PendingAction::Report {
         return Ok(Ok(steps));
     }
-    if what == PendingAction::Refuse && !pending.is_empty() {
-        let (path, found) = (place.display_name.clone(), applied.iter().map(|(version, _)| *version).max());
+    if action == PendingAction::Refuse && !pending.is_empty() {
+        let (path, found) = (target.display_name.clone(), applied.iter().map(|(version, _)| *version).max());
         return Ok(Err(OpenError::OlderSchema { path, found: found.unwrap_or(0), known: newest_known() }));
     }
     if pending.iter().any(|one| one.version == NAMES)
-        && let Err(refused) = check_account_ids(&place.display_name, &case_collisions(connection).await?)
+        && let Err(refused) = check_account_ids(&target.display_name, &case_collisions(connection).await?)
     {
         return Ok(Err(refused));
     }
@@ -144,7 +149,7 @@ async fn migrate_in_transaction(
             .bind(Sha256::digest(sql).to_vec())
             .execute(&mut *connection)
             .await?;
-        tracing::info!(version, name, database = place.display_name, "migrated");
+        tracing::info!(version, name, database = target.display_name, "migrated");
     }
     unnamed_query(
         "INSERT INTO meta VALUES (1, uuid_send(gen_random_uuid()), 1, 0, $1, 0) ON CONFLICT DO NOTHING",
@@ -152,11 +157,11 @@ async fn migrate_in_transaction(
     .bind(GENESIS_HASH.to_vec())
     .execute(&mut *connection)
     .await?;
-    replica_registry::settle_first_incarnation(connection).await?;
+    settle_first_incarnation(connection).await?;
     Ok(Ok(steps))
 }
 
-/// The ids of accounts that differ in case alone; none where there is no table of accounts yet.
+/// The ids of accounts that differ only in case; none if there is no table of accounts yet.
 async fn case_collisions(connection: &mut PgConnection) -> PgResult<Vec<String>> {
     let found = unnamed_query("SELECT to_regclass('accounts')::text").fetch_one(&mut *connection).await?;
     if found.text_opt(0)?.is_none() {
@@ -166,20 +171,20 @@ async fn case_collisions(connection: &mut PgConnection) -> PgResult<Vec<String>>
     rows.iter().map(|row| Ok(row.text(0)?.to_owned())).collect()
 }
 
-/// The schema, unless somebody made it for us: a role may well own one and not be allowed to make one.
-async fn create_schema(place: &PgTarget, connection: &mut PgConnection) -> PgResult<()> {
+/// Creates the schema, unless it exists: a role may own one without the right to create one.
+async fn create_schema(target: &PgTarget, connection: &mut PgConnection) -> PgResult<()> {
     let found = unnamed_query("SELECT 1 FROM pg_namespace WHERE nspname = $1")
-        .bind(place.schema.clone())
+        .bind(target.schema.clone())
         .fetch_optional(&mut *connection)
         .await?;
     if found.is_none() {
-        let sql = format!("CREATE SCHEMA \"{}\"", place.schema);
+        let sql = format!("CREATE SCHEMA \"{}\"", target.schema);
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *connection).await?;
     }
     Ok(())
 }
 
-/// Which migrations the schema has had, and the checksum of each.
+/// The applied migrations with their checksums.
 async fn applied_migrations(connection: &mut PgConnection) -> PgResult<Vec<(i64, Vec<u8>)>> {
     let found = unnamed_query("SELECT to_regclass('migrations')::text").fetch_one(&mut *connection).await?;
     if found.text_opt(0)?.is_none() {
@@ -192,9 +197,12 @@ async fn applied_migrations(connection: &mut PgConnection) -> PgResult<Vec<(i64,
     rows.iter().map(|row| Ok((row.int(0)?, row.bytes(1)?.to_vec()))).collect()
 }
 
-/// The newest migration that the schema of a place has had, if it has had any. Nothing is made.
-pub(super) async fn newest_applied(place: &PgTarget, connection: &mut PgConnection) -> PgResult<Option<i64>> {
-    let begin = format!("BEGIN READ ONLY; SET LOCAL search_path TO \"{}\"", place.schema);
+/// The newest migration that was applied to the schema, if any. Creates nothing.
+pub(super) async fn newest_applied(
+    target: &PgTarget,
+    connection: &mut PgConnection,
+) -> PgResult<Option<i64>> {
+    let begin = format!("BEGIN READ ONLY; SET LOCAL search_path TO \"{}\"", target.schema);
     sqlx::raw_sql(AssertSqlSafe(begin)).execute(&mut *connection).await?;
     let found = unnamed_query("SELECT to_regclass('migrations')::text").fetch_one(&mut *connection).await?;
     let newest = match found.text_opt(0)? {
@@ -213,18 +221,18 @@ pub(super) fn newest_known() -> i64 {
     MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or(0)
 }
 
-/// Whether this program knows all that the schema has had.
-fn check_known(place: &PgTarget, applied: &[(i64, Vec<u8>)]) -> std::result::Result<(), OpenError> {
+/// Checks that this program knows every applied migration.
+fn check_known(target: &PgTarget, applied: &[(i64, Vec<u8>)]) -> Result<(), OpenError> {
     let newest = newest_known();
     for (version, checksum) in applied {
         match MIGRATIONS.iter().find(|migration| migration.version == *version) {
             None => {
-                let (path, found) = (place.display_name.clone(), *version);
+                let (path, found) = (target.display_name.clone(), *version);
                 return Err(OpenError::NewerSchema { path, found, known: newest });
             }
             Some(known) if Sha256::digest(known.sql).as_slice() != checksum.as_slice() => {
                 return Err(OpenError::Damaged {
-                    path: place.display_name.clone(),
+                    path: target.display_name.clone(),
                     what: format!("migration {version} is not the one that this keyward knows"),
                 });
             }
@@ -232,4 +240,10 @@ fn check_known(place: &PgTarget, applied: &[(i64, Vec<u8>)]) -> std::result::Res
         }
     }
     Ok(())
+}
+
+/// Settles the first incarnation of a new database: no lease was held in an earlier one.
+async fn settle_first_incarnation(connection: &mut PgConnection) -> PgResult<()> {
+    let sql = format!("UPDATE meta m SET settled = life({UNKNOWN_SERVER}, m.epoch) WHERE m.settled = ''");
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
 }

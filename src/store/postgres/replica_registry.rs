@@ -1,14 +1,9 @@
-//! [`ReplicaRegistry`] on PostgreSQL: the replicas' rows, renewals, and the life of the database.
+//! [`ReplicaRegistry`] on PostgreSQL: the rows of replicas, renewals, and the incarnation of the database.
 //!
-//! Each statement goes over a line of its purpose, so that no slow list of keys holds up a renewal. NOTIFY is a hint:
-//! whoever commits sends one, and a listener that hears none for long is replaced.
+//! Each kind of statement has its own connection. NOTIFY is advisory: every commit sends one, and a listener that is
+//! silent for long is replaced.
 
-use std::{
-    collections::HashMap,
-    fmt::Write as _,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, fmt::Write as _, sync::PoisonError, time::Duration};
 
 use async_trait::async_trait;
 use sqlx::{
@@ -40,87 +35,22 @@ use crate::{
 };
 
 use super::{
-    ACQUIRE_TIMEOUT, CALL_TIMEOUT, PgResult, PgTarget, PostgresStore,
-    dedicated_connection::{DedicatedConnection, TextRow},
-    server_identity::SERVER_START_TIME,
+    dedicated_connection::DedicatedConnection,
+    errors::{PgResult, store_error},
+    replica_connections::{LISTENER_TIMEOUT, POOLER_RETRY_INTERVAL, encode_acknowledgment},
+    server_identity::{SERVER_START_TIME, UNKNOWN_SERVER},
     sql_literal::{SqlLiteral as _, array_literal},
-    store_error, with_timeout,
+    store::PostgresStore,
+    text_row::TextRow,
+    timeouts::{ACQUIRE_TIMEOUT, CALL_TIMEOUT, with_timeout},
 };
 
-/// How long a listener may hear nothing before another takes its place: its connection may be dead.
-const LISTENER_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long nobody tries again to listen where a pooler stood in between.
-const POOLER_RETRY_INTERVAL: Duration = Duration::from_secs(60);
-/// An infinite lease, in `lease_ms` and `longest_ms`.
+/// An infinite lease in the columns `lease_ms` and `longest_ms`.
 const INFINITE_LEASE_MS: i64 = i64::MAX;
 
-/// The server's own identity, which it reads from its disk each time.
+/// The system identifier of the server, which the server reads from its disk each time.
 const SYSTEM_IDENTIFIER: &str = "(SELECT system_identifier::text FROM pg_control_system())";
-/// No server that is known.
-const UNKNOWN_SERVER: &str = "NULL, NULL";
 const DATABASE_NOW: &str = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint";
-
-/// The lines of a replica.
-pub(super) struct ReplicaConnections {
-    /// A server, as [`SERVER_START_TIME`] tells, and its identity.
-    server_identity: Mutex<Option<(i64, String)>>,
-    renewals: DedicatedConnection,
-    changes: DedicatedConnection,
-    registry: DedicatedConnection,
-    notifications: DedicatedConnection,
-    listener: tokio::sync::Mutex<Option<PgListener>>,
-    /// What this process commits, or has committed last: it is told of that too.
-    own_commit: Mutex<Option<Revision>>,
-}
-
-impl ReplicaConnections {
-    pub(super) fn new(place: &PgTarget) -> ReplicaConnections {
-        let line = || DedicatedConnection::new(place.options.clone());
-        ReplicaConnections {
-            server_identity: Mutex::default(),
-            renewals: line(),
-            changes: line(),
-            registry: line(),
-            notifications: line(),
-            listener: tokio::sync::Mutex::default(),
-            own_commit: Mutex::default(),
-        }
-    }
-
-    /// This process holds the lock on the head, and commits up to here; or it has found that it may not have.
-    pub(super) fn set_own_commit(&self, upto: Option<Revision>) {
-        *self.own_commit.lock().unwrap_or_else(PoisonError::into_inner) = upto;
-    }
-
-    /// What a notification says, unless it cannot be read and says nothing then.
-    fn parse_notification(
-        &self,
-        place: &PgTarget,
-        channel: &str,
-        payload: &str,
-    ) -> Option<ReplicaNotification> {
-        if channel != place.commit_channel() {
-            return parse_acknowledgment(payload);
-        }
-        let upto = payload.parse().ok().map(revision_from_i64);
-        let own = *self.own_commit.lock().unwrap_or_else(PoisonError::into_inner);
-        Some(if upto.is_some() && upto == own {
-            ReplicaNotification::OwnCommit
-        } else {
-            ReplicaNotification::Committed(upto)
-        })
-    }
-
-    pub(super) async fn close(&self) {
-        self.listener.lock().await.take();
-        tokio::join!(
-            self.renewals.close(),
-            self.changes.close(),
-            self.registry.close(),
-            self.notifications.close()
-        );
-    }
-}
 
 fn lease_to_millis(lease: LeaseDuration) -> i64 {
     lease
@@ -134,7 +64,7 @@ fn lease_from_millis(millis: i64) -> PgResult<LeaseDuration> {
     }
     let length = Duration::from_millis(u64::try_from(millis).unwrap_or(0));
     LeaseDuration::from_duration(length)
-        .ok_or_else(|| sqlx::Error::Decode("meta holds a lease that is none".into()))
+        .ok_or_else(|| sqlx::Error::Decode("meta contains an invalid lease".into()))
 }
 
 fn decode_count(value: i64) -> PgResult<u64> {
@@ -153,26 +83,23 @@ fn decode_hash_opt(row: &TextRow, column: usize) -> PgResult<Option<ChainHash>> 
     row.bytes_opt(column)?.map(|_| fixed_bytes(row, column)).transpose()
 }
 
-fn decode_log_entries(
-    rows: &[PgRow],
-    columns: std::ops::Range<usize>,
-) -> std::result::Result<Vec<LogEntry>, StoreError> {
+fn decode_log_entries(rows: &[PgRow], columns: std::ops::Range<usize>) -> Result<Vec<LogEntry>, StoreError> {
     let text = rows.iter().map(|row| TextRow::from_pg_row(row, columns.clone()));
     text.map(|row| decode_log_entry(&row.map_err(store_error)?)).collect()
 }
 
 impl PostgresStore {
-    /// One message: a transaction around `statements`.
+    /// Sends one message: a transaction around `statements`.
     async fn run_transaction(
         &self,
-        line: &DedicatedConnection,
+        connection: &DedicatedConnection,
         statements: &str,
         limit: Duration,
     ) -> PgResult<Vec<PgRow>> {
-        let rows = line
+        let rows = connection
             .fetch_rows(format!("{}; {statements}; COMMIT", self.begin_statements.dedicated), limit)
             .await?;
-        // The first row says which server it is.
+        // The first row identifies the server.
         let mut rows = rows.into_iter();
         let server = rows.next().ok_or(sqlx::Error::RowNotFound)?;
         let server = TextRow::from_pg_row(&server, 0..1)?.int(0)?;
@@ -183,20 +110,17 @@ impl PostgresStore {
         Ok(rows.collect())
     }
 
-    /// What the log ends with, if anything: where an answer's changes lead.
+    /// The end of the delivered changes.
     fn end_position(from: LogPosition, rows: &[LogEntry]) -> LogPosition {
         rows.last().map_or(from, |row| LogPosition { revision: row.revision, hash: row.hash })
     }
 
-    async fn send_renewal(
-        &self,
-        renewal: &RenewalRequest,
-    ) -> std::result::Result<RenewalOutcome, StoreError> {
+    async fn send_renewal(&self, renewal: &RenewalRequest) -> Result<RenewalOutcome, StoreError> {
         const META_COLUMNS: usize = 9;
         let sql = renewal_sql(renewal, &self.server_arguments().await.map_err(store_error)?);
-        let asked = self.run_transaction(&self.replica_connections.renewals, &sql, CALL_TIMEOUT);
-        let mut rows = asked.await.map_err(store_error)?;
-        // First whether the row was written; then the changes; then what holds for all.
+        let query = self.run_transaction(&self.replica_connections.renewals, &sql, CALL_TIMEOUT);
+        let mut rows = query.await.map_err(store_error)?;
+        // First whether the row was updated, then the changes, then the state of the database.
         let last = rows.pop().ok_or_else(|| damaged_error("meta", "it has no row"))?;
         let meta = TextRow::from_pg_row(&last, 0..META_COLUMNS).map_err(store_error)?;
         let (written, changes): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| sqlx::Row::len(row) == 1);
@@ -223,8 +147,7 @@ impl PostgresStore {
         Ok(RenewalOutcome { reply, entries: changes, epoch, replica_count: replicas })
     }
 
-    /// A server and its identity, as the functions of the schema take them. What it has said of itself once is not asked
-    /// again while it runs.
+    /// The server and its identity as SQL arguments. The identity is queried once per server.
     async fn server_arguments(&self) -> PgResult<String> {
         let known =
             || self.replica_connections.server_identity.lock().unwrap_or_else(PoisonError::into_inner);
@@ -232,14 +155,14 @@ impl PostgresStore {
         if let Some((server, identity)) = identity {
             return Ok(format!("{}, {}", server.to_sql_literal(), identity.to_sql_literal()));
         }
-        let asked = format!("SELECT {SERVER_START_TIME}, {SYSTEM_IDENTIFIER}");
-        let rows = self.run_transaction(&self.replica_connections.changes, &asked, CALL_TIMEOUT).await?;
+        let query = format!("SELECT {SERVER_START_TIME}, {SYSTEM_IDENTIFIER}");
+        let rows = self.run_transaction(&self.replica_connections.changes, &query, CALL_TIMEOUT).await?;
         let row = TextRow::from_pg_row(rows.first().ok_or(sqlx::Error::RowNotFound)?, 0..2)?;
         *known() = Some((row.int(0)?, row.text(1)?.to_owned()));
         Ok(UNKNOWN_SERVER.to_owned())
     }
 
-    /// The log goes on from what this process knew of it to here. What it knew before may be archived.
+    /// Records that the log continues from what this process knew to this position. Earlier entries may be archived.
     fn advance_known_head(&self, LogPosition { revision, hash }: LogPosition) {
         let mut known = self.known_head();
         if known.is_some_and(|known| known.revision < revision) {
@@ -248,8 +171,8 @@ impl PostgresStore {
     }
 }
 
-/// A renewal's statements. `server_arguments` is what [`PostgresStore::server_arguments`] gives. The changes are asked for before the head: where
-/// somebody commits in between, the changes do not reach the head, and grant nothing.
+/// The statements of a renewal; `server` comes from [`PostgresStore::server_arguments`]. The changes are read before
+/// the head: if another process commits in between, the changes do not reach the head, and nothing is granted.
 fn renewal_sql(renewal: &RenewalRequest, server: &str) -> String {
     let RenewalRequest { id, sequence: counts, applied, settle_incarnation: settle, attempt: _ } = renewal;
     let position = applied.unwrap_or(LogPosition::START);
@@ -279,17 +202,6 @@ fn renewal_sql(renewal: &RenewalRequest, server: &str) -> String {
     }
     let _ = write!(sql, "SELECT * FROM standing({reached}, {server})");
     sql
-}
-
-/// What a replica tells that has acknowledged changes.
-fn encode_acknowledgment(id: ReplicaId, upto: Revision) -> String {
-    format!("{} {}", id.0.simple(), upto.0)
-}
-
-fn parse_acknowledgment(payload: &str) -> Option<ReplicaNotification> {
-    let (id, upto) = payload.split_once(' ')?;
-    let replica = ReplicaId(Uuid::try_parse(id).ok()?);
-    Some(ReplicaNotification::Acknowledged { replica, up_to: Revision(upto.parse().ok()?) })
 }
 
 fn decode_reply(
@@ -322,7 +234,7 @@ fn decode_lease_config(row: &PgRow) -> PgResult<LeaseConfig> {
     Ok(LeaseConfig { lease, longest_lease: longest, epoch: decode_count(row.int(2)?)? })
 }
 
-/// A roster's rows: what `meta` says in each, and a replica, unless there is none.
+/// Decodes rows of the function `roster`: columns of `meta` in each, then a replica, if there is one.
 fn decode_replica_snapshot(rows: &[PgRow]) -> PgResult<ReplicaSnapshot> {
     const META_COLUMNS: usize = 8;
     let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
@@ -367,9 +279,9 @@ fn decode_replica_snapshot(rows: &[PgRow]) -> PgResult<ReplicaSnapshot> {
     })
 }
 
-/// A link of a roster: a revision, a colon, its hash in hex.
+/// Parses an entry hash of `roster`: a revision, a colon, the hash in hex.
 fn parse_entry_hash(text: &str) -> PgResult<(Revision, ChainHash)> {
-    let wrong = || sqlx::Error::Decode("no link where one should be".into());
+    let wrong = || sqlx::Error::Decode("an entry hash is malformed".into());
     let (revision, hash) = text.split_once(':').ok_or_else(wrong)?;
     let byte = |at: usize| u8::from_str_radix(hash.get(2 * at..2 * at + 2)?, 16).ok();
     let bytes: Option<Vec<u8>> = (0..32).map(byte).collect();
@@ -379,17 +291,17 @@ fn parse_entry_hash(text: &str) -> PgResult<(Revision, ChainHash)> {
 
 #[async_trait]
 impl ReplicaRegistry for PostgresStore {
-    async fn lease_config(&self) -> std::result::Result<LeaseConfig, StoreError> {
-        let asked = "SELECT lease_ms, longest_ms, epoch FROM meta";
+    async fn lease_config(&self) -> Result<LeaseConfig, StoreError> {
+        let query = "SELECT lease_ms, longest_ms, epoch FROM meta";
         let rows = self
-            .run_transaction(&self.replica_connections.registry, asked, CALL_TIMEOUT)
+            .run_transaction(&self.replica_connections.registry, query, CALL_TIMEOUT)
             .await
             .map_err(store_error)?;
         let row = rows.first().ok_or_else(|| damaged_error("meta", "it has no row"))?;
         decode_lease_config(row).map_err(store_error)
     }
 
-    async fn initialize_lease(&self, lease: LeaseDuration) -> std::result::Result<bool, StoreError> {
+    async fn initialize_lease(&self, lease: LeaseDuration) -> Result<bool, StoreError> {
         let millis = lease_to_millis(lease);
         let set =
             format!("UPDATE meta SET lease_ms = {millis}, longest_ms = {millis} WHERE head = 0 RETURNING 1");
@@ -400,7 +312,7 @@ impl ReplicaRegistry for PostgresStore {
         Ok(!rows.is_empty())
     }
 
-    async fn set_lease(&self, lease: LeaseDuration) -> std::result::Result<(), StoreError> {
+    async fn set_lease(&self, lease: LeaseDuration) -> Result<(), StoreError> {
         let millis = lease_to_millis(lease);
         let set = format!(
             "UPDATE meta SET lease_ms = {millis}, longest_ms = greatest(longest_ms, lease_ms, {millis})"
@@ -411,7 +323,7 @@ impl ReplicaRegistry for PostgresStore {
             .map_err(store_error)
     }
 
-    async fn finish_lease_change(&self, lease: LeaseDuration) -> std::result::Result<bool, StoreError> {
+    async fn finish_lease_change(&self, lease: LeaseDuration) -> Result<bool, StoreError> {
         let millis = lease_to_millis(lease);
         let set = format!("UPDATE meta SET longest_ms = {millis} WHERE lease_ms = {millis} RETURNING 1");
         let rows = self
@@ -421,7 +333,7 @@ impl ReplicaRegistry for PostgresStore {
         Ok(!rows.is_empty())
     }
 
-    async fn register(&self, id: ReplicaId, name: &str) -> std::result::Result<(), StoreError> {
+    async fn register(&self, id: ReplicaId, name: &str) -> Result<(), StoreError> {
         let (id, name) = (id.0.as_bytes().as_slice().to_sql_literal(), name.to_sql_literal());
         let insert = format!(
             "INSERT INTO replicas (id, name, applied, renew_seq, last_seen, log_format) \
@@ -434,23 +346,23 @@ impl ReplicaRegistry for PostgresStore {
             .map_err(store_error)
     }
 
-    async fn renew_lease(&self, renewal: &RenewalRequest) -> std::result::Result<RenewalOutcome, StoreError> {
+    async fn renew_lease(&self, renewal: &RenewalRequest) -> Result<RenewalOutcome, StoreError> {
         self.send_renewal(renewal).await
     }
 
-    /// In a transaction of its own and over a line of its own: whoever tells something waits for all others in the server
-    /// who do, and no renewal is to wait with it.
-    async fn notify_ack(&self, id: ReplicaId, upto: Revision) -> std::result::Result<(), StoreError> {
-        let told = format!("NOTIFY {}, '{}'", self.target.ack_channel(), encode_acknowledgment(id, upto));
+    /// In a separate transaction, on a separate connection: NOTIFY waits for all other notifying transactions of the
+    /// server, and must not delay a renewal.
+    async fn notify_ack(&self, id: ReplicaId, upto: Revision) -> Result<(), StoreError> {
+        let message = format!("NOTIFY {}, '{}'", self.target.ack_channel(), encode_acknowledgment(id, upto));
         self.replica_connections
             .notifications
-            .fetch_rows(told, CALL_TIMEOUT)
+            .fetch_rows(message, CALL_TIMEOUT)
             .await
             .map(drop)
             .map_err(store_error)
     }
 
-    async fn confirm_primary(&self, id: ReplicaId, since: Instant) -> std::result::Result<bool, StoreError> {
+    async fn confirm_primary(&self, id: ReplicaId, since: Instant) -> Result<bool, StoreError> {
         let write = format!(
             "UPDATE replicas SET last_seen = {DATABASE_NOW} WHERE id = {} RETURNING 1",
             id.0.as_bytes().as_slice().to_sql_literal()
@@ -462,37 +374,30 @@ impl ReplicaRegistry for PostgresStore {
         Ok(!rows.is_empty() && self.seen_servers.is_single_since(since))
     }
 
-    async fn fetch_changes_after(&self, after: Revision) -> std::result::Result<Vec<LogEntry>, StoreError> {
+    async fn fetch_changes_after(&self, after: Revision) -> Result<Vec<LogEntry>, StoreError> {
         let after = revision_to_i64(after);
-        let asked = format!(
+        let query = format!(
             "SELECT {LOG_COLUMNS} FROM log WHERE revision > {after} ORDER BY revision LIMIT {MAX_CHANGES_PER_REPLY}"
         );
         let rows = self
-            .run_transaction(&self.replica_connections.changes, &asked, CALL_TIMEOUT)
+            .run_transaction(&self.replica_connections.changes, &query, CALL_TIMEOUT)
             .await
             .map_err(store_error)?;
         decode_log_entries(&rows, 0..LOG_COLUMNS.split(',').count())
     }
 
-    async fn list_replicas(
-        &self,
-        revisions: &[Revision],
-    ) -> std::result::Result<ReplicaSnapshot, StoreError> {
+    async fn list_replicas(&self, revisions: &[Revision]) -> Result<ReplicaSnapshot, StoreError> {
         let revisions = array_literal(revisions, |revision| revision_to_i64(*revision));
         let server = self.server_arguments().await.map_err(store_error)?;
-        let asked = format!("SELECT * FROM roster({revisions}::bigint[], {server})");
+        let query = format!("SELECT * FROM roster({revisions}::bigint[], {server})");
         let rows = self
-            .run_transaction(&self.replica_connections.registry, &asked, CALL_TIMEOUT)
+            .run_transaction(&self.replica_connections.registry, &query, CALL_TIMEOUT)
             .await
             .map_err(store_error)?;
         decode_replica_snapshot(&rows).map_err(store_error)
     }
 
-    async fn deregister(
-        &self,
-        id: ReplicaId,
-        renew_seq: Option<u64>,
-    ) -> std::result::Result<bool, StoreError> {
+    async fn deregister(&self, id: ReplicaId, renew_seq: Option<u64>) -> Result<bool, StoreError> {
         let still = renew_seq.map(|count| format!(" AND renew_seq = {count}")).unwrap_or_default();
         let delete = format!(
             "DELETE FROM replicas WHERE id = {}{still} RETURNING 1",
@@ -505,28 +410,32 @@ impl ReplicaRegistry for PostgresStore {
         Ok(!rows.is_empty())
     }
 
-    async fn next_notification(&self) -> std::result::Result<ReplicaNotification, StoreError> {
+    async fn next_notification(&self) -> Result<ReplicaNotification, StoreError> {
         let mut slot = self.replica_connections.listener.lock().await;
         let mut listener = match slot.take() {
             Some(listener) => listener,
             None => match self.connect_listener().await.map_err(store_error)? {
                 Some(listener) => listener,
                 None => {
-                    // Another time there may be none in between.
+                    // The pooler may be gone at the next attempt.
                     tokio::time::sleep(POOLER_RETRY_INTERVAL).await;
                     return Err(connection_lost(
-                        "a pooler stands before the database, and notifications do not pass it",
+                        "a pooler is between this process and the database, and does not pass notifications on",
                     ));
                 }
             },
         };
         loop {
-            // None: the connection has ended, and what came meanwhile is lost.
-            let heard = with_timeout(LISTENER_TIMEOUT, listener.try_recv()).await.map_err(store_error)?;
-            let heard = heard.ok_or_else(|| connection_lost("the connection that listens has ended"))?;
-            if let Some(hint) =
-                self.replica_connections.parse_notification(&self.target, heard.channel(), heard.payload())
-            {
+            // None: the connection has ended, and notifications meanwhile are lost.
+            let notification =
+                with_timeout(LISTENER_TIMEOUT, listener.try_recv()).await.map_err(store_error)?;
+            let notification =
+                notification.ok_or_else(|| connection_lost("the listening connection has ended"))?;
+            if let Some(hint) = self.replica_connections.parse_notification(
+                &self.target,
+                notification.channel(),
+                notification.payload(),
+            ) {
                 *slot = Some(listener);
                 return Ok(hint);
             }
@@ -537,8 +446,8 @@ impl ReplicaRegistry for PostgresStore {
         *self.known_head() = None;
     }
 
-    async fn accept_regression(&self) -> std::result::Result<u64, StoreError> {
-        // A restored database may count from less than what its replicas have seen: the time is beyond all that.
+    async fn accept_regression(&self) -> Result<u64, StoreError> {
+        // A restored database may have a lower epoch than its replicas have seen; the time exceeds all of them.
         let set = "UPDATE meta SET epoch = greatest(epoch + 1, extract(epoch FROM clock_timestamp())::bigint) \
                    RETURNING epoch";
         let rows = self
@@ -555,16 +464,18 @@ fn connection_lost(why: &'static str) -> StoreError {
     StoreError::Unavailable(why.into())
 }
 
-/// The server's process for this session, of one that was begun for it or of one that a pooler lent.
+/// The server process of this session, which may be new or lent by a pooler.
 async fn backend_pid(connection: &mut sqlx::PgConnection) -> PgResult<i64> {
     let row = sqlx::raw_sql("SELECT pg_backend_pid()").fetch_one(connection).await?;
     TextRow::from_pg_row(&row, 0..1)?.int(0)
 }
 
 impl PostgresStore {
-    /// A connection that hears notifications; None where a pooler stands in between. There a session that listens would be
-    /// lent to others, who cannot bear what they are told then. It shows in that a new connection gets a session that was
-    /// there before: asked of two, since the first may have been all that the pooler had free.
+    /// A connection that receives notifications; `None` behind a pooler, which would lend the listening session to
+    /// clients that do not expect notifications.
+    ///
+    /// A pooler is detected by a new connection that gets an existing session. Two connections are tried, since the
+    /// first may have used up the pooler's free sessions.
     async fn connect_listener(&self) -> PgResult<Option<PgListener>> {
         const SELECT_KNOWN_PIDS: &str = "SELECT pid FROM pg_stat_activity WHERE usename = current_user";
         let known =
@@ -582,24 +493,18 @@ impl PostgresStore {
         let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ACQUIRE_TIMEOUT);
         let pool = pool.connect_lazy_with(self.target.options.clone());
         let mut listener = with_timeout(ACQUIRE_TIMEOUT, PgListener::connect_with(&pool)).await?;
-        let asked = sqlx::raw_sql("SELECT pg_backend_pid()").fetch_one(&mut listener);
-        let second = TextRow::from_pg_row(&with_timeout(ACQUIRE_TIMEOUT, asked).await?, 0..1)?.int(0)?;
+        let query = sqlx::raw_sql("SELECT pg_backend_pid()").fetch_one(&mut listener);
+        let second = TextRow::from_pg_row(&with_timeout(ACQUIRE_TIMEOUT, query).await?, 0..1)?.int(0)?;
         if known.contains(&second) {
             return Ok(None);
         }
-        // Another connection in its place would have missed something: then this one has ended.
+        // A reconnection would hide that notifications were missed, so the connection must end instead.
         listener.eager_reconnect(false);
         let acknowledgments = self.target.ack_channel();
         with_timeout(ACQUIRE_TIMEOUT, listener.listen_all([self.target.commit_channel(), &acknowledgments]))
             .await?;
         Ok(Some(listener))
     }
-}
-
-/// The first life that the tables have: nobody has held a lease in an earlier one.
-pub(super) async fn settle_first_incarnation(connection: &mut sqlx::PgConnection) -> PgResult<()> {
-    let sql = format!("UPDATE meta m SET settled = life({UNKNOWN_SERVER}, m.epoch) WHERE m.settled = ''");
-    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(connection).await.map(drop)
 }
 
 #[cfg(test)]
@@ -632,33 +537,6 @@ mod tests {
         assert!(sql.contains(&renew) && sql.contains("revision > 7 ORDER BY"), "{sql}");
         let loading = renewal_sql(&RenewalRequest { applied: None, ..renewal }, UNKNOWN_SERVER);
         assert!(loading.contains("NULL, NULL, 3, 5)") && !loading.contains("ORDER BY"), "{loading}");
-    }
-
-    #[test]
-    fn what_is_told_of_an_acknowledgment_reads_back_and_nothing_else_does() {
-        let (replica, upto) = (ReplicaId(Uuid::from_u128(7)), Revision(12));
-        assert_eq!(
-            parse_acknowledgment(&encode_acknowledgment(replica, upto)),
-            Some(ReplicaNotification::Acknowledged { replica, up_to: upto })
-        );
-        for bad in ["", "12", "x 12", "00000000000000000000000000000007 -1"] {
-            assert_eq!(parse_acknowledgment(bad), None, "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn what_this_process_commits_is_no_news_to_it() {
-        let place = PgTarget::parse("postgres://u@db/keys").unwrap();
-        let lines = ReplicaConnections::new(&place);
-        let hint = |payload| lines.parse_notification(&place, place.commit_channel(), payload);
-        assert_eq!(hint("7"), Some(ReplicaNotification::Committed(Some(Revision(7)))));
-        lines.set_own_commit(Some(Revision(7)));
-        assert_eq!(hint("7"), Some(ReplicaNotification::OwnCommit));
-        assert_eq!(hint("8"), Some(ReplicaNotification::Committed(Some(Revision(8)))));
-        assert_eq!(hint("?"), Some(ReplicaNotification::Committed(None)));
-        lines.set_own_commit(None);
-        assert_eq!(hint("7"), Some(ReplicaNotification::Committed(Some(Revision(7)))));
-        assert_eq!(lines.parse_notification(&place, &place.ack_channel(), "?"), None);
     }
 
     #[test]

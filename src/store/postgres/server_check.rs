@@ -1,41 +1,46 @@
-//! Whether a server can be trusted with keys: an acknowledged change must be on its disk, and what it says must be
-//! the newest.
+//! Checks whether a server can be trusted with keys: acknowledged changes must be on its disk, and its data must be
+//! current.
 
 use sqlx::PgConnection;
 
-use crate::store::{OpenError, inspect::PostgresServerInfo, row_decoding::RowColumns as _};
+use crate::store::{OpenError, inspection::PostgresServerInfo, row_decoding::RowColumns as _};
 
-use super::{CALL_TIMEOUT, PgTarget, open_error, unnamed_query, with_timeout};
+use super::{
+    errors::open_error,
+    target::PgTarget,
+    timeouts::{CALL_TIMEOUT, with_timeout},
+    transaction::unnamed_query,
+};
 
-/// The oldest server that Keyward is for: PostgreSQL 13.
+/// The oldest supported server: PostgreSQL 13.
 const MIN_SERVER_VERSION: i64 = 130_000;
 
-/// Checks the server. Gives the `synchronous_commit` that transactions are to have.
+/// Checks the server. Returns the `synchronous_commit` that transactions must use.
 pub(super) async fn check_server(
-    place: &PgTarget,
+    target: &PgTarget,
     connection: &mut PgConnection,
 ) -> Result<&'static str, OpenError> {
-    let said = with_timeout(CALL_TIMEOUT, read_server_info(connection))
+    let info = with_timeout(CALL_TIMEOUT, read_server_info(connection))
         .await
-        .map_err(|error| open_error(place, error))?;
-    if let Some((what, fix)) = said.unsuitable_reason {
-        return Err(OpenError::Unsuitable { database: place.display_name.clone(), what, fix });
+        .map_err(|error| open_error(target, error))?;
+    if let Some((what, fix)) = info.unsuitable_reason {
+        return Err(OpenError::Unsuitable { database: target.display_name.clone(), what, fix });
     }
-    if said.synchronous_standbys.is_empty() {
+    if info.synchronous_standbys.is_empty() {
         tracing::warn!(
-            database = place.display_name,
-            "the server has no synchronous standbys (synchronous_standby_names is empty): should its disk be \
-             lost, so are the newest changes, revocations included"
+            database = target.display_name,
+            "the server has no synchronous standbys (synchronous_standby_names is empty): if its disk is \
+             lost, the newest changes are too, revocations included"
         );
     }
-    Ok(durable_synchronous_commit(&said.synchronous_commit))
+    Ok(durable_synchronous_commit(&info.synchronous_commit))
 }
 
-/// What a server says of itself.
+/// Reads the settings of a server.
 pub(super) async fn read_server_info(
     connection: &mut PgConnection,
 ) -> Result<PostgresServerInfo, sqlx::Error> {
-    // In a transaction, so that both steps of the statement meet the same session.
+    // In a transaction, so that both steps of the statement run in the same session.
     sqlx::raw_sql("BEGIN").execute(&mut *connection).await?;
     let row = unnamed_query(
         "SELECT current_setting('server_version_num')::bigint, pg_is_in_recovery()::int::bigint, \
@@ -46,7 +51,7 @@ pub(super) async fn read_server_info(
     .fetch_one(&mut *connection)
     .await?;
     sqlx::raw_sql("COMMIT").execute(connection).await?;
-    let said = PostgresServerInfo {
+    let info = PostgresServerInfo {
         version_number: row.int(0)?,
         in_recovery: row.int(1)? != 0,
         fsync: row.text(2)?.to_owned(),
@@ -56,32 +61,32 @@ pub(super) async fn read_server_info(
         full_page_writes: row.text(6)?.to_owned(),
         unsuitable_reason: None,
     };
-    Ok(PostgresServerInfo { unsuitable_reason: find_objection(&said), ..said })
+    Ok(PostgresServerInfo { unsuitable_reason: find_objection(&info), ..info })
 }
 
-/// What is wrong with the server, and what to do.
-fn find_objection(said: &PostgresServerInfo) -> Option<(String, &'static str)> {
-    if said.version_number < MIN_SERVER_VERSION {
-        let major = said.version_number / 10_000;
+/// What is wrong with the server, and what to do about it.
+fn find_objection(info: &PostgresServerInfo) -> Option<(String, &'static str)> {
+    if info.version_number < MIN_SERVER_VERSION {
+        let major = info.version_number / 10_000;
         return Some((format!("it is PostgreSQL {major}"), "Use PostgreSQL 13 or newer"));
     }
-    if said.in_recovery {
+    if info.in_recovery {
         let what = "it is in recovery: a standby, which may lag behind its primary".to_owned();
         return Some((what, "Name the primary in --database"));
     }
-    if said.fsync != "on" {
+    if info.fsync != "on" {
         let what =
-            format!("its fsync is {}: a power cut would take acknowledged changes with it", said.fsync);
+            format!("its fsync is {}: a power cut would take acknowledged changes with it", info.fsync);
         return Some((what, "Set fsync = on in postgresql.conf and restart the server"));
     }
-    if said.encoding != "UTF8" {
-        let what = format!("its encoding is {}", said.encoding);
-        return Some((what, "Make one with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"));
+    if info.encoding != "UTF8" {
+        let what = format!("its encoding is {}", info.encoding);
+        return Some((what, "Create one with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"));
     }
     None
 }
 
-/// At least `on`: whatever is less acknowledges what is not on disk everywhere that it should be.
+/// At least `on`: a weaker setting would acknowledge changes that are not on all disks that must have them.
 pub(super) fn durable_synchronous_commit(default: &str) -> &'static str {
     if default == "remote_apply" { "remote_apply" } else { "on" }
 }

@@ -1,9 +1,10 @@
-//! The keys of a snapshot. A page is some secrets and then their keys: two walks along an index each, whatever the
-//! planner knows of the tables, and short enough for the time limit of a statement. What is held at a time is the
-//! secrets of a page.
+//! Reads the keys of a snapshot in pages: some secrets, then their keys.
 //!
-//! Two sessions that see the same read at once, one from each end, until they meet: most of the time is the server's,
-//! which has a process for each.
+//! Both are index scans, whatever the planner's statistics are, and short enough for the statement timeout. Only the
+//! secrets of one page are in memory.
+//!
+//! Two sessions with the same snapshot read from both ends until they meet. Most of the time is spent in the server,
+//! which has one process per session.
 
 use std::{
     ops::RangeInclusive,
@@ -24,13 +25,13 @@ use crate::{
 
 use super::copy_reader::copy_rows;
 
-/// How many secrets a page has.
+/// The number of secrets in a page.
 const SECRETS_PER_PAGE: usize = 10_000;
 
-/// The ids whose keys nobody has read or is about to read.
+/// The ids whose keys no session has read or claimed.
 pub(super) struct UnreadKeyRange(Mutex<Option<RangeInclusive<KeyIdNumber>>>);
 
-/// From which end somebody reads.
+/// The end from which a session reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ScanDirection {
     Ascending,
@@ -46,7 +47,8 @@ impl UnreadKeyRange {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes the ids from one end up to this one, which stays; or all of them. None where somebody has taken them.
+    /// Claims the ids from one end up to `upto`, which stays; without `upto`, all. `None` if another session has
+    /// claimed them.
     fn claim(&self, from: ScanDirection, upto: Option<KeyIdNumber>) -> Option<RangeInclusive<KeyIdNumber>> {
         let mut rest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (first, last) = rest.take()?.into_inner();
@@ -61,7 +63,7 @@ impl UnreadKeyRange {
     }
 }
 
-/// Gives the keys of `rest` that were not revoked before `forget_before` to `loader`, until there are none.
+/// Passes the keys of `rest` that were not revoked before `forget_before` to `loader`.
 pub(super) async fn load_keys(
     connection: &mut PgConnection,
     rest: &UnreadKeyRange,
@@ -69,8 +71,9 @@ pub(super) async fn load_keys(
     forget_before: Timestamp,
     loader: &Arc<dyn SnapshotLoader>,
 ) -> Result<(), StoreError> {
-    let (mut part, mut alike, mut limit) = (loader.begin_part(), KeyParseCache::default(), SECRETS_PER_PAGE);
-    // Its room is used again: new room is given page by page, by the kernel.
+    let (mut part, mut parse_cache, mut limit) =
+        (loader.begin_part(), KeyParseCache::default(), SECRETS_PER_PAGE);
+    // The buffer is reused: the kernel would provide new memory page by page.
     let mut page = SecretBuffer::default();
     while let Some(ids) = rest.current() {
         let order = if from == ScanDirection::Ascending { "" } else { "DESC" };
@@ -83,7 +86,7 @@ pub(super) async fn load_keys(
         page.clear();
         copy_rows(connection, &secrets, &mut |row| page.push_row(row)).await?;
         page.sort();
-        // More secrets of the last key may come.
+        // The last key may have more secrets.
         let last = if from == ScanDirection::Ascending { page.last_id() } else { page.first_id() };
         let Some(ids) = rest.claim(from, last.filter(|_| page.len() == limit)) else {
             limit *= 2;
@@ -96,14 +99,14 @@ pub(super) async fn load_keys(
             key_id_literal(*ids.start()),
             key_id_literal(*ids.end())
         );
-        let mut claims = SecretJoin::new(std::slice::from_ref(&page), forget_before, &mut alike);
-        copy_rows(connection, &keys, &mut |row| claims.join_key(row, &mut *part)).await?;
+        let mut join = SecretJoin::new(std::slice::from_ref(&page), forget_before, &mut parse_cache);
+        copy_rows(connection, &keys, &mut |row| join.join_key(row, &mut *part)).await?;
     }
     part.finish();
     Ok(())
 }
 
-/// An id as SQL says it: a COPY takes no arguments.
+/// An id as an SQL expression: COPY accepts no arguments.
 fn key_id_literal(id: KeyIdNumber) -> String {
     format!("decode('{}', 'hex')", HexBytes(&id.to_be_bytes()))
 }

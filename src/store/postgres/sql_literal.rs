@@ -1,12 +1,14 @@
-//! Values as PostgreSQL's SQL says them, whatever its settings, so that several statements go to the server in one
-//! message and are answered in one round trip. Whoever puts a value into a statement does it with these.
+//! Writes values as SQL literals of PostgreSQL, independent of its settings.
+//!
+//! With literals, several statements fit into one message and one round trip. Every value in such a statement must be
+//! written by this module.
 
 use std::borrow::Cow;
 
 use crate::store::queries::{SqlDialect, SqlValue};
 
 impl SqlDialect for sqlx::Postgres {
-    // Replicas of the version before write the column.
+    // Replicas of the previous version write the column.
     const LAST_USED_EXPRESSION: &'static str = "greatest(s.last_used_at, u.at)";
     const USES_SUBQUERY: &'static str = "(SELECT key_id, at FROM uses UNION ALL SELECT key_id, last_used_at FROM secrets) AS uses (key_id, at)";
     const NAME_NFC_EXPRESSION: &'static str = "normalize(name, NFC)";
@@ -20,7 +22,7 @@ impl SqlDialect for sqlx::Postgres {
     }
 }
 
-/// A value of one of the three types that are kept.
+/// A value of one of the three types that are stored.
 pub(super) trait SqlLiteral {
     fn to_sql_literal(&self) -> String;
 }
@@ -85,14 +87,13 @@ impl<T: SqlLiteral> SqlLiteral for Option<T> {
     }
 }
 
-/// One column of some rows, as an array. The statement says its type, since it may be empty.
+/// A column of some rows as an array. The statement must cast it, since it may be empty.
 pub(super) fn array_literal<I: IntoIterator, T: SqlLiteral>(rows: I, of: impl Fn(I::Item) -> T) -> String {
     let values: Vec<_> = rows.into_iter().map(|row| of(row).to_sql_literal()).collect();
     format!("ARRAY[{}]", values.join(","))
 }
 
-/// Rows that are written together, as an INSERT's VALUES have them: the server plans these sooner than columns to be
-/// unnested.
+/// Rows for the VALUES of an INSERT, which the server plans faster than `unnest`.
 pub(super) fn values_list<I: IntoIterator, const N: usize>(
     rows: I,
     of: impl Fn(I::Item) -> [String; N],
@@ -101,7 +102,7 @@ pub(super) fn values_list<I: IntoIterator, const N: usize>(
     rows.join(", ")
 }
 
-/// A statement with values in the places `$1`, `$2` and so on. What stands in a value is not looked at.
+/// Replaces `$1`, `$2` and so on by values. Placeholders inside values are not replaced.
 pub(super) fn fill_placeholders(sql: &str, values: &[String]) -> String {
     let mut pieces = sql.split('$');
     let mut filled = pieces.next().unwrap_or_default().to_owned();
@@ -109,7 +110,7 @@ pub(super) fn fill_placeholders(sql: &str, values: &[String]) -> String {
         let digits = piece.len() - piece.trim_start_matches(|digit: char| digit.is_ascii_digit()).len();
         let (place, rest) = piece.split_at(digits);
         let value = place.parse::<usize>().ok().and_then(|place| values.get(place.checked_sub(1)?));
-        // A statement with a place too many is ours, and the server refuses it.
+        // A placeholder without a value is a programming error; the server rejects the statement.
         filled.push_str(value.map_or("$", String::as_str));
         filled.push_str(rest);
     }

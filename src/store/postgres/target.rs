@@ -1,4 +1,4 @@
-//! Where the store is: what a `postgres://` URL says, and the schema, which Keyward reads from it itself.
+//! Parses `postgres://` URLs, including the option `schema`, which is Keyward's own.
 
 use std::str::FromStr as _;
 
@@ -7,20 +7,20 @@ use sqlx::{ConnectOptions as _, postgres::PgConnectOptions};
 
 use crate::{
     domain::connection_url::{ConnectionUrl, ConnectionUrlError},
-    store::{OpenError, open::url_error},
+    store::{OpenError, error::url_error},
 };
 
-/// What may stand behind the `?`. The driver would ignore others, and repeat them in the log.
+/// The allowed options after the `?`. The driver would ignore others and log them.
 const KNOWN_OPTIONS: [&str; 10] =
     ["schema", "host", "port", "user", "password", "dbname", "sslmode", "sslrootcert", "sslcert", "sslkey"];
 
 const SSL_MODES: [&str; 5] = ["disable", "prefer", "require", "verify-ca", "verify-full"];
 const URL_EXAMPLE: &str = "postgres://user:password@host:5432/database";
 
-/// Splits a URL. Nothing in it may be read in two ways, or a part of a password could be taken for the host.
+/// Splits a URL. No part may be ambiguous: otherwise a part of a password could be taken for the host.
 fn split_url(url: &str) -> Result<ConnectionUrl<'_>, String> {
     let parts = ConnectionUrl::parse(url).map_err(|error| match error {
-        ConnectionUrlError::NoScheme => format!("is no URL: write {URL_EXAMPLE}"),
+        ConnectionUrlError::NoScheme => format!("is not a URL: write {URL_EXAMPLE}"),
         ConnectionUrlError::Ambiguous => format!("{error}, or keep the password in database_password_file"),
     })?;
     match (parts.scheme, parts.fragment) {
@@ -32,7 +32,7 @@ fn split_url(url: &str) -> Result<ConnectionUrl<'_>, String> {
     }
 }
 
-/// The option is one that the driver heeds, with a value that it takes.
+/// Checks that the driver knows the option and accepts the value.
 fn check_option(name: &str, value: &str) -> Result<(), String> {
     if !KNOWN_OPTIONS.contains(&name) {
         return Err(format!(
@@ -55,17 +55,17 @@ fn check_option(name: &str, value: &str) -> Result<(), String> {
     }
 }
 
-/// A server, a database, a schema.
+/// A server, a database and a schema.
 #[derive(Clone)]
 pub(super) struct PgTarget {
     pub(super) options: PgConnectOptions,
     pub(super) schema: String,
-    /// For people; without user and password.
+    /// The name for messages, without user and password.
     pub(super) display_name: String,
 }
 
 impl PgTarget {
-    /// Reads `postgres://user:password@host:port/database?schema=keyward`, and whatever else libpq knows.
+    /// Parses `postgres://user:password@host:port/database?schema=keyward`, with the options of libpq that are allowed.
     pub(super) fn parse(url: &str) -> Result<PgTarget, OpenError> {
         let wrong = |problem: String| url_error(url, problem);
         let parts = split_url(url).map_err(wrong)?;
@@ -82,10 +82,10 @@ impl PgTarget {
         let options = PgConnectOptions::from_str(&url)
             .map_err(|_| wrong(format!("is not understood: write {URL_EXAMPLE}")))?
             .application_name("keyward")
-            // pgbouncer refuses what it does not know, and we have no use for it.
+            // pgbouncer rejects settings that it does not know; this one is not needed.
             .extra_float_digits(None)
             .statement_cache_capacity(0)
-            // Values stand in statements: hints, metadata and digests are nothing for a log.
+            // Statements contain values: hints, metadata and digests must not be logged.
             .disable_statement_logging();
         let server = match options.get_socket() {
             Some(folder) => folder.display().to_string(),
@@ -96,17 +96,17 @@ impl PgTarget {
         Ok(PgTarget { options, schema, display_name: shown })
     }
 
-    /// The channel on which commits are told. The server allows 63 bytes of a name.
+    /// The channel of notifications about commits. PostgreSQL limits names to 63 bytes.
     pub(super) fn commit_channel(&self) -> &str {
         &self.schema
     }
 
-    /// The channel on which replicas tell that they have acknowledged changes.
+    /// The channel of notifications about acknowledged changes.
     pub(super) fn ack_channel(&self) -> String {
         format!("{:.58}_acks", self.schema)
     }
 
-    /// The advisory lock of this schema for `purpose`.
+    /// The key of this schema's advisory lock for `purpose`.
     pub(super) fn advisory_lock_key(&self, purpose: &str) -> i64 {
         let digest = Sha256::digest(format!("keyward {purpose} {}", self.schema));
         let mut key = [0; 8];
@@ -124,7 +124,7 @@ fn split_schema_option(url: &str) -> (String, Option<String>) {
     (url, schema)
 }
 
-/// A name that needs no quotes, so that no statement can be made from it.
+/// Whether a name needs no quotes, so that it cannot inject SQL.
 fn is_plain_identifier(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
     (1..=63).contains(&name.len()) && name.bytes().all(plain) && !name.as_bytes()[0].is_ascii_digit()
@@ -136,9 +136,9 @@ mod tests {
 
     #[test]
     fn the_schema_is_ours_and_the_rest_is_the_drivers() {
-        let place = PgTarget::parse("postgres://u:secret@db:6432/keys?schema=kw_2&sslmode=require").unwrap();
-        assert_eq!(place.schema, "kw_2");
-        assert_eq!(place.display_name, "postgres://db:6432/keys (schema kw_2)");
+        let target = PgTarget::parse("postgres://u:secret@db:6432/keys?schema=kw_2&sslmode=require").unwrap();
+        assert_eq!(target.schema, "kw_2");
+        assert_eq!(target.display_name, "postgres://db:6432/keys (schema kw_2)");
         assert_eq!(PgTarget::parse("postgresql://u@db/keys").unwrap().schema, "keyward");
     }
 
@@ -171,16 +171,17 @@ mod tests {
     #[test]
     fn channels_are_two_and_have_names_that_the_server_takes() {
         for schema in ["a".to_owned(), "a".repeat(63)] {
-            let place = PgTarget::parse(&format!("postgres://u@db/keys?schema={schema}")).unwrap();
-            let acks = place.ack_channel();
-            assert!(acks != place.commit_channel() && acks.ends_with("_acks") && acks.len() <= 63, "{acks}");
+            let target = PgTarget::parse(&format!("postgres://u@db/keys?schema={schema}")).unwrap();
+            let acks = target.ack_channel();
+            assert!(acks != target.commit_channel() && acks.ends_with("_acks") && acks.len() <= 63, "{acks}");
         }
     }
 
     #[test]
     fn locks_differ_by_schema_and_purpose() {
-        let place = |schema: &str| PgTarget::parse(&format!("postgres://u@db/keys?schema={schema}")).unwrap();
-        assert_ne!(place("a").advisory_lock_key("x"), place("b").advisory_lock_key("x"));
-        assert_ne!(place("a").advisory_lock_key("x"), place("a").advisory_lock_key("y"));
+        let target =
+            |schema: &str| PgTarget::parse(&format!("postgres://u@db/keys?schema={schema}")).unwrap();
+        assert_ne!(target("a").advisory_lock_key("x"), target("b").advisory_lock_key("x"));
+        assert_ne!(target("a").advisory_lock_key("x"), target("a").advisory_lock_key("y"));
     }
 }

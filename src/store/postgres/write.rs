@@ -1,6 +1,7 @@
-//! What goes into the tables: the rows of a decided run, a statement for each table, all of them for one message; and
-//! what Checks have left.
-//! Rows are always locked in the order of their keys, so that two replicas cannot wait for each other in a ring.
+//! Writes the tables: the rows of a decided run, and usage.
+//!
+//! A run is one message with one statement for each table. Rows are locked in the order of their keys, so two replicas
+//! cannot deadlock.
 
 use std::collections::BTreeMap;
 
@@ -27,13 +28,12 @@ use crate::{
 };
 
 use super::{
-    sql_literal::{SqlLiteral as _, fill_placeholders, values_list as values},
-    unnamed_query,
+    errors::PgResult,
+    sql_literal::{SqlLiteral as _, fill_placeholders, values_list},
+    transaction::unnamed_query,
 };
 
-type PgWriteResult<T> = std::result::Result<T, sqlx::Error>;
-
-/// Brings the tables to what a run was decided to be.
+/// Adds the statements that write a run to `script`.
 pub(super) fn write_run(script: &mut Vec<String>, plan: &WritePlan<'_>) {
     let (mut accounts, mut roles, mut members, mut keys) = (vec![], vec![], vec![], vec![]);
     for (_, change) in &plan.committed.entries {
@@ -61,7 +61,7 @@ fn put_accounts(script: &mut Vec<String>, rows: &[&Account]) {
     if rows.is_empty() {
         return;
     }
-    let rows = values(rows, |row| {
+    let rows = values_list(rows, |row| {
         [
             row.id.as_str().to_sql_literal(),
             row.name.as_str().to_sql_literal(),
@@ -86,7 +86,7 @@ fn put_roles(script: &mut Vec<String>, rows: &[&Role]) {
     if rows.is_empty() {
         return;
     }
-    let rows = values(rows, |row| {
+    let rows = values_list(rows, |row| {
         [
             role_account_column(row.account.as_ref()).to_sql_literal(),
             row.name.as_str().to_sql_literal(),
@@ -106,7 +106,7 @@ fn put_members(script: &mut Vec<String>, rows: &[&AccountMember]) {
     if rows.is_empty() {
         return;
     }
-    let rows = values(rows, |row| {
+    let rows = values_list(rows, |row| {
         [
             row.account.as_str().to_sql_literal(),
             row.user.as_str().to_sql_literal(),
@@ -136,12 +136,12 @@ fn remove_member(script: &mut Vec<String>, member: &AccountMember) {
     ));
 }
 
-/// The rows go in the order of their revisions: a name that one lets go is free for those after it.
+/// Rows are written in the order of their revisions: a later key may take a name that an earlier one gives up.
 fn put_keys(script: &mut Vec<String>, keys: &[&ApiKey]) {
     if keys.is_empty() {
         return;
     }
-    let rows = values(keys, |key| {
+    let rows = values_list(keys, |key| {
         let row = KeyRow::from_key(key);
         [
             row.id.as_slice().to_sql_literal(),
@@ -184,14 +184,14 @@ fn put_keys(script: &mut Vec<String>, keys: &[&ApiKey]) {
     ));
 }
 
-/// Brings the secrets' rows to where the plan says; only a record's newest can be new.
+/// Writes the secrets of the plan. Only the newest secret of a record can be new.
 fn put_secrets(script: &mut Vec<String>, secrets: &[(KeyId, KeySecret)]) {
     if secrets.is_empty() {
         return;
     }
     let mut secrets: Vec<_> = secrets.iter().collect();
     secrets.sort_by_key(|(id, secret)| (*id, secret.version));
-    let rows = values(&secrets, |(id, secret)| {
+    let rows = values_list(&secrets, |(id, secret)| {
         [
             secret.digest.as_bytes().as_slice().to_sql_literal(),
             id.as_bytes().as_slice().to_sql_literal(),
@@ -203,8 +203,8 @@ fn put_secrets(script: &mut Vec<String>, secrets: &[(KeyId, KeySecret)]) {
         ]
     });
     let count = i64::try_from(secrets.len()).unwrap_or(i64::MAX).to_sql_literal();
-    // A digest that is another secret's was found out before; here nothing may be overwritten: what it divides by then is
-    // zero, which ends the transaction.
+    // A duplicate digest was rejected before, so nothing may be overwritten here: a division by zero ends the
+    // transaction then.
     script.push(fill_placeholders(
         "WITH written AS (INSERT INTO secrets (digest, key_id, version, hint, created_at, expires_at, sum) \
          VALUES $1 ON CONFLICT (digest) DO UPDATE SET expires_at = excluded.expires_at, \
@@ -219,7 +219,7 @@ fn append_log(script: &mut Vec<String>, rows: &[&LogEntry]) {
         return;
     }
     let text = |text: Option<String>| text.to_sql_literal();
-    let rows = values(rows, |row| {
+    let rows = values_list(rows, |row| {
         [
             revision_to_i64(row.revision).to_sql_literal(),
             row.at.as_micros().to_sql_literal(),
@@ -243,7 +243,7 @@ fn append_log(script: &mut Vec<String>, rows: &[&LogEntry]) {
     ));
 }
 
-/// From this commit on, replicas that do not read the format are refused.
+/// From this commit on, the database rejects replicas that cannot read the format.
 fn raise_log_format(script: &mut Vec<String>, format: Option<LogFormat>) {
     let Some(LogFormat(format)) = format else { return };
     script.push(fill_placeholders(
@@ -252,11 +252,11 @@ fn raise_log_format(script: &mut Vec<String>, format: Option<LogFormat>) {
     ));
 }
 
-/// Notes up to where the log was archived, unless it is noted.
+/// Records a checkpoint, unless it is recorded already.
 pub(super) async fn insert_checkpoint(
     connection: &mut PgConnection,
     checkpoint: &ArchiveCheckpoint,
-) -> PgWriteResult<()> {
+) -> PgResult<()> {
     unnamed_query("INSERT INTO checkpoints VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING")
         .bind(revision_to_i64(checkpoint.head.revision))
         .bind(checkpoint.head.hash.to_vec())
@@ -267,28 +267,28 @@ pub(super) async fn insert_checkpoint(
         .map(drop)
 }
 
-/// Takes the oldest entries up to a revision out of the log. The role has the right for this transaction alone.
+/// Deletes the oldest entries up to a revision. The role has the privilege during this transaction only.
 pub(super) async fn delete_log_entries(
     connection: &mut PgConnection,
-    upto: Revision,
-    most: u32,
-) -> PgWriteResult<u64> {
+    up_to: Revision,
+    limit: u32,
+) -> PgResult<u64> {
     sqlx::raw_sql("GRANT DELETE ON log TO CURRENT_USER").execute(&mut *connection).await?;
     let sql = "DELETE FROM log WHERE revision IN \
                (SELECT revision FROM log WHERE revision <= $1 ORDER BY revision LIMIT $2)";
     let taken = unnamed_query(sql)
-        .bind(revision_to_i64(upto))
-        .bind(i64::from(most))
+        .bind(revision_to_i64(up_to))
+        .bind(i64::from(limit))
         .execute(&mut *connection)
         .await?;
     sqlx::raw_sql("REVOKE DELETE ON log FROM CURRENT_USER").execute(connection).await?;
     Ok(taken.rows_affected())
 }
 
-/// Keeps the idempotency keys. Each insert takes away a few that no longer count, so the table stays small without
-/// a sweeper.
+/// Stores the idempotency keys. Each insert also deletes a few expired ones, so the table stays small without a cleanup
+/// task.
 fn store_idempotency_keys(script: &mut Vec<String>, plan: &WritePlan<'_>) {
-    // The last under a name counts; a row is written once in a statement.
+    // The last request under a name counts; one statement can write a row only once.
     let newest: BTreeMap<_, _> = plan
         .requests
         .iter()
@@ -296,7 +296,7 @@ fn store_idempotency_keys(script: &mut Vec<String>, plan: &WritePlan<'_>) {
         .collect();
     let rows: Vec<_> = newest.into_iter().collect();
     let Some(oldest) = rows.iter().map(|(_, (_, _, at))| *at).min() else { return };
-    let remembered = values(&rows, |((caller, key), (fingerprint, key_id, at))| {
+    let remembered = values_list(&rows, |((caller, key), (fingerprint, key_id, at))| {
         [
             caller.as_bytes().as_slice().to_sql_literal(),
             key.as_str().to_sql_literal(),
@@ -321,7 +321,7 @@ fn store_idempotency_keys(script: &mut Vec<String>, plan: &WritePlan<'_>) {
     ));
 }
 
-/// Moves the head, and tells whoever listens on `channel` where it is now. That is a hint, and may get lost.
+/// Moves the head, and notifies the listeners on `channel` of it. Advisory only: the notification may be lost.
 pub(super) fn update_head(script: &mut Vec<String>, head: LogHead, channel: &str) {
     script.push(fill_placeholders(
         "WITH moved AS (UPDATE meta SET head = $1, head_hash = $2 RETURNING head) \
@@ -334,16 +334,13 @@ pub(super) fn update_head(script: &mut Vec<String>, head: LogHead, channel: &str
     ));
 }
 
-/// One column of rows that are written together, as an argument.
+/// A column of rows as an argument of `unnest`.
 fn column_values<R, T>(rows: &[R], of: impl Fn(&R) -> T) -> Vec<T> {
     rows.iter().map(of).collect()
 }
 
-/// Writes what Checks have left. Gives the rows of the quotas that were drawn from.
-pub(super) async fn write_usage(
-    connection: &mut PgConnection,
-    batch: &UsageBatch,
-) -> PgWriteResult<Vec<PgRow>> {
+/// Writes usage. Returns the rows of the quotas in the batch.
+pub(super) async fn write_usage(connection: &mut PgConnection, batch: &UsageBatch) -> PgResult<Vec<PgRow>> {
     let UsageBatch { secret_uses: used, counts, quota_units: spent } = batch;
     if !used.is_empty() {
         unnamed_query(
@@ -375,11 +372,11 @@ pub(super) async fn write_usage(
     if spent.is_empty() { Ok(Vec::new()) } else { add_quota_units(connection, spent).await }
 }
 
-/// Adds units to quotas. The rows there are are locked in the order of their keys, and seen as they are then.
+/// Adds units to quotas. Existing rows are locked in the order of their keys, and read after that.
 async fn add_quota_units(
     connection: &mut PgConnection,
     spent: &[(KeyId, PendingQuotaUnits)],
-) -> PgWriteResult<Vec<PgRow>> {
+) -> PgResult<Vec<PgRow>> {
     let mut by_key = BTreeMap::<KeyId, PendingQuotaUnits>::new();
     for (id, drawn) in spent {
         by_key.entry(*id).and_modify(|known| *known = known.merge(*drawn)).or_insert(*drawn);

@@ -1,5 +1,7 @@
-//! A copy of the file as of one instant, made while a server may own it: SQLite's `VACUUM INTO` on a connection of its
-//! own reads beside the one that writes. The copy is a closed file (`mark.rs`).
+//! Copies a database file as of one instant, even while a server owns it.
+//!
+//! SQLite's `VACUUM INTO` on a separate connection does not block the writer. The copy is marked as closed
+//! (`open_mark.rs`).
 
 use std::{fs::File, io::ErrorKind, path::Path, time::Duration};
 
@@ -11,22 +13,23 @@ use crate::{
 };
 
 use super::{
-    check_integrity, open_error,
+    checks::check_integrity,
+    errors::open_error,
     open_mark::{self, WalState},
 };
 
-/// Copies a file to a new one, and checks the copy. Gives where its log ends.
+/// Copies a file to a new one and checks the copy. Returns the end of its log.
 pub(in crate::store) async fn backup(path: &str, to: &Path) -> Result<LogHead, OpenError> {
     let shown = to.display().to_string();
     let other = |error: std::io::Error| OpenError::Other { path: shown.clone(), source: error.into() };
-    // Made first: it holds digests and names, and is for its owner alone. SQLite takes an empty file.
+    // Created first, readable by its owner only: it will contain digests and names. SQLite accepts an empty file.
     let file = private_file::create_new(to).map_err(|error| match error.kind() {
         ErrorKind::AlreadyExists => OpenError::BackupExists { path: shown.clone() },
         _ => other(error),
     })?;
     let copied = vacuum_into(path, &shown).await;
     if let Err(error) = copied {
-        // What is there is no backup.
+        // An incomplete copy must not look like a backup.
         let _ = std::fs::remove_file(to);
         return Err(error);
     }
@@ -41,7 +44,7 @@ pub(in crate::store) async fn backup(path: &str, to: &Path) -> Result<LogHead, O
     decode_head(&head).map_err(|error| OpenError::Other { path: shown, source: error.into() })
 }
 
-/// Marks a copy as closed: it is whole, and has no WAL.
+/// Marks a copy as closed: it is complete and has no WAL.
 async fn mark_closed(copy: &str) -> Result<(), sqlx::Error> {
     let mut connection = SqliteConnection::connect_with(&SqliteConnectOptions::new().filename(copy)).await?;
     sqlx::query("PRAGMA user_version = 0").execute(&mut connection).await?;
@@ -58,7 +61,7 @@ async fn vacuum_into(path: &str, to: &str) -> Result<(), OpenError> {
     if open_mark::check_wal(path, &real, &File::open(&real).map_err(other)?)? == WalState::Missing {
         return Err(OpenError::WalMissing { path: path.to_owned() });
     }
-    // One that can write would remove the WAL of a server that was killed, when it is closed.
+    // Closing a writable connection would remove the WAL of a server that was killed.
     let reading = SqliteConnectOptions::new().filename(&real).read_only(true);
     let reading = reading.busy_timeout(Duration::from_secs(5));
     let mut connection = SqliteConnection::connect_with(&reading).await.map_err(failed)?;

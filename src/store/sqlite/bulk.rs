@@ -1,5 +1,7 @@
-//! Bulk reads of SQLite. Keys come from a walk along their table, since ids of keys that were made together are close;
-//! their secrets come from a [`SecretRange`] if most of the log is read, and are looked up otherwise.
+//! Bulk reads of SQLite.
+//!
+//! Keys are read by a scan of their table, since the ids of keys that were created together are close. If most of the
+//! log is read, their secrets come from a [`SecretRange`]; otherwise they are looked up.
 
 use std::mem;
 
@@ -27,41 +29,38 @@ use crate::{
 
 use super::{connection::SqliteResult, page_readers::PageReaders, secret_range::SecretRange};
 
-/// How many secrets are in memory at once, 50 MB; or an eighth of all, so that their table is scanned at most so often.
-const SECRETS: u64 = 1 << 19;
-const MOST_SCANS: u64 = 8;
-/// How many keys nobody asked for are passed before the next one is looked up.
-const PASSED: usize = 4;
+/// How many secrets are in memory at once (50 MB), or an eighth of all, which limits the number of scans.
+const MIN_SECRETS_IN_MEMORY: u64 = 1 << 19;
+/// The maximum number of scans of the table of secrets.
+const MAX_SCANS: u64 = 8;
+/// How many unrequested keys are skipped before the next one is looked up.
+const MAX_SKIPPED_KEYS: usize = 4;
 
-/// A reader of one file.
+/// A bulk reader of one file.
 pub(super) struct SqliteBulkReader<'s> {
     readers: &'s PageReaders,
-    state: State,
+    state: BulkState,
 }
 
 impl<'s> SqliteBulkReader<'s> {
-    /// A reader for about so many entries of the log.
+    /// A reader for about this many entries of the log.
     pub(super) fn new(readers: &'s PageReaders, entries: u64) -> Self {
-        let state = State { entries, ..State::default() };
+        let state = BulkState { entries, ..BulkState::default() };
         SqliteBulkReader { readers, state }
     }
 }
 
 #[async_trait]
 impl BulkReader for SqliteBulkReader<'_> {
-    async fn log_after(
-        &mut self,
-        revision: Revision,
-        limit: u32,
-    ) -> std::result::Result<Vec<LogEntry>, StoreError> {
+    async fn log_after(&mut self, revision: Revision, limit: u32) -> Result<Vec<LogEntry>, StoreError> {
         self.readers.fetch_log(queries::log_after(revision, limit)).await
     }
 
-    async fn keys_at(&mut self, ids: &[KeyId]) -> std::result::Result<Vec<ApiKey>, StoreError> {
+    async fn keys_at(&mut self, ids: &[KeyId]) -> Result<Vec<ApiKey>, StoreError> {
         let (ids, mut state) = (ids.to_vec(), mem::take(&mut self.state));
         let work = move |connection: &Connection| {
             let keys = state.keys(connection, &ids);
-            // A fault in one key does not end the reader.
+            // A damaged key does not end the reader.
             Ok((state, keys))
         };
         let (state, keys) = self.readers.run_on_connection(work).await?;
@@ -73,7 +72,7 @@ impl BulkReader for SqliteBulkReader<'_> {
         &mut self,
         after: Option<KeyId>,
         limit: u32,
-    ) -> std::result::Result<Vec<(KeyId, Revision)>, StoreError> {
+    ) -> Result<Vec<(KeyId, Revision)>, StoreError> {
         let (statement, bound) = queries::key_revisions::<sqlx::Sqlite>(after, limit).into_parts();
         let work = move |connection: &Connection| {
             let mut statement = connection.prepare_cached(&statement)?;
@@ -88,20 +87,20 @@ impl BulkReader for SqliteBulkReader<'_> {
     }
 }
 
-/// What is kept from page to page.
+/// The state between pages.
 #[derive(Default)]
-struct State {
-    /// How many entries of the log are read.
+struct BulkState {
+    /// The number of log entries to read.
     entries: u64,
     secrets: SecretRange,
-    /// How often the secrets may still be scanned, and how many are kept; None = that is not decided yet.
+    /// The remaining scans, and the number of secrets to keep; `None` = not decided yet.
     scans: Option<(u64, u64)>,
-    alike: KeyParseCache,
+    parse_cache: KeyParseCache,
 }
 
-impl State {
+impl BulkState {
     fn keys(&mut self, connection: &Connection, ids: &[KeyId]) -> SqliteResult<Vec<ApiKey>> {
-        // They see one committed state.
+        // All keys as of one committed state.
         let transaction = connection.unchecked_transaction()?;
         self.scan(&transaction, ids)?;
         let sql = format!("SELECT {KEY_COLUMNS} FROM keys k WHERE id >= ?1 ORDER BY id");
@@ -110,17 +109,17 @@ impl State {
         let mut wanted = ids.iter().map(|id| *id.as_bytes()).peekable();
         'look_up: while let Some(first) = wanted.peek() {
             let mut rows = statement.query([first])?;
-            let mut passed = 0;
-            while passed <= PASSED {
+            let mut skipped = 0;
+            while skipped <= MAX_SKIPPED_KEYS {
                 let Some(row) = rows.next()? else { break 'look_up };
                 let id: [u8; 16] = fixed_bytes(row, 0)?;
-                // There is no key with an id before this one.
+                // Requested ids before this one do not exist.
                 while wanted.next_if(|wanted| *wanted < id).is_some() {}
                 if wanted.next_if_eq(&id).is_some() {
                     keys.push(self.key(&transaction, row)?);
-                    passed = 0;
+                    skipped = 0;
                 } else {
-                    passed += 1;
+                    skipped += 1;
                 }
                 if wanted.peek().is_none() {
                     break 'look_up;
@@ -130,27 +129,27 @@ impl State {
         Ok(keys)
     }
 
-    /// Goes on to the next range of secrets once most of the ids lie beyond the one before, and if that is worth a scan.
+    /// Scans the next range of secrets if most of the ids are beyond the current one, and a scan is worth it.
     fn scan(&mut self, connection: &Connection, ids: &[KeyId]) -> SqliteResult<()> {
         let number = |id: &KeyId| KeyIdNumber::from_be_bytes(*id.as_bytes());
         let end = self.secrets.end();
         let beyond = &ids[ids.partition_point(|id| number(id) < end)..];
         let Some(first) = beyond.first().filter(|_| 2 * beyond.len() > ids.len()) else { return Ok(()) };
-        let (scans, most) = match self.scans {
+        let (scans, limit) = match self.scans {
             Some(decided) => decided,
             None => {
-                // No entry makes more than one secret.
+                // An entry creates at most one secret.
                 let head: i64 = connection.query_row("SELECT head FROM meta", [], |row| row.get(0))?;
                 let all = u64::try_from(head).unwrap_or(0);
-                let most = SECRETS.max(all / MOST_SCANS);
-                let is_worth_it = self.entries.saturating_mul(MOST_SCANS) >= all;
-                (if is_worth_it { all / most + 1 } else { 0 }, most)
+                let limit = MIN_SECRETS_IN_MEMORY.max(all / MAX_SCANS);
+                let is_worth_it = self.entries.saturating_mul(MAX_SCANS) >= all;
+                (if is_worth_it { all / limit + 1 } else { 0 }, limit)
             }
         };
-        self.scans = Some((scans.saturating_sub(1), most));
+        self.scans = Some((scans.saturating_sub(1), limit));
         if scans > 0 {
             self.secrets = SecretRange::default();
-            self.secrets = SecretRange::read(connection, number(first), most)?;
+            self.secrets = SecretRange::read(connection, number(first), limit)?;
         }
         Ok(())
     }
@@ -158,16 +157,16 @@ impl State {
     fn key(&mut self, connection: &Connection, row: &Row<'_>) -> SqliteResult<ApiKey> {
         let (row, sum) = decode_key_row(row)?;
         let (id, row) = (row.id, row.verify_checksum(sum)?);
-        let mut secrets = self.secrets.of(KeyIdNumber::from_be_bytes(id));
+        let mut secrets = self.secrets.get(KeyIdNumber::from_be_bytes(id));
         if count_record_secrets(&id, &secrets).is_err() {
-            secrets = look_up(connection, &id)?;
+            secrets = lookup_secrets(connection, &id)?;
         }
-        Ok(whole_key(&row, secrets, &mut self.alike)?)
+        Ok(whole_key(&row, secrets, &mut self.parse_cache)?)
     }
 }
 
-/// A key's secrets, the newest first.
-fn look_up(connection: &Connection, key_id: &[u8; 16]) -> SqliteResult<Vec<KeySecret>> {
+/// The secrets of a key, the newest first.
+fn lookup_secrets(connection: &Connection, key_id: &[u8; 16]) -> SqliteResult<Vec<KeySecret>> {
     let sql = format!("SELECT {SECRET_ROW_COLUMNS} FROM secrets WHERE key_id = ?1 ORDER BY version DESC");
     let mut statement = connection.prepare_cached(&sql)?;
     let mut rows = statement.query([key_id])?;

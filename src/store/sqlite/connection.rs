@@ -1,7 +1,9 @@
-//! The one connection that writes. It is rusqlite's: a transaction runs in one go on the connection's thread, where sqlx
-//! sends each statement there and back, and copies each value on the way.
+//! The only connection that writes.
 //!
-//! Who opens, checks and migrates a file, and who reads a few rows of it, does so through sqlx: see `sqlite.rs`.
+//! It uses rusqlite: a transaction runs at once on the connection's thread. sqlx would send each statement to another
+//! thread and copy each value.
+//!
+//! Opening, checking and migrating a file use sqlx: see `store.rs`.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -15,27 +17,28 @@ use tokio::{sync::oneshot, task::spawn_blocking};
 
 use crate::store::{StoreError, row_format::damaged_error};
 
-/// How many statements the connection keeps prepared: all that write or ask what is to be written.
+/// The number of cached prepared statements: more than there are in `write.rs` and `pre_state.rs`.
 const STATEMENT_CACHE_SIZE: usize = 64;
 
-/// SQLite's pages in memory. Digests lie anywhere in their table: with SQLite's own 2 MB, a batch of imports writes pages
-/// before its commit, and reads them again.
+/// The page cache in KiB. Digests are spread over their table: with SQLite's default of 2 MB, a batch of imports would
+/// write pages before its commit and read them again.
 const CACHE_KIB: i64 = 8 * 1024;
-/// How many pages the WAL takes, 16 MB, before they are copied to their places: one that changed a few times is copied
-/// once. Their own 1,000 fill up with some 600 creates, and each time a commit waits for the whole file to be on disk.
+/// The WAL size in pages (16 MB) that triggers a checkpoint, which writes a page once even if it changed several times.
+/// SQLite's default of 1,000 pages is reached after some 600 creates, and each time a commit waits for a sync of the
+/// whole file.
 const WAL_PAGES: i64 = 4000;
 
-/// How long a statement waits for a lock that another process has.
+/// How long a statement waits for a lock of another process.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why something ended early.
+/// An error of SQLite or of the store.
 #[derive(Debug)]
 pub(super) enum SqliteFailure {
     Sqlite(rusqlite::Error),
     Store(StoreError),
 }
 
-pub(super) type SqliteResult<T> = std::result::Result<T, SqliteFailure>;
+pub(super) type SqliteResult<T> = Result<T, SqliteFailure>;
 
 impl From<rusqlite::Error> for SqliteFailure {
     fn from(error: rusqlite::Error) -> Self {
@@ -49,7 +52,7 @@ impl From<StoreError> for SqliteFailure {
     }
 }
 
-/// A column that cannot be read as what it should be.
+/// A column of another type than expected.
 impl From<sqlx::Error> for SqliteFailure {
     fn from(error: sqlx::Error) -> Self {
         SqliteFailure::Store(StoreError::Unavailable(error.into()))
@@ -71,24 +74,24 @@ impl From<SqliteFailure> for StoreError {
     }
 }
 
-/// What the file system, or the state of the file, does not allow now.
+/// The failure for something that the file system or the state of the file prevents now.
 pub(super) fn unavailable_failure(
     cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
 ) -> SqliteFailure {
     StoreError::Unavailable(cause.into()).into()
 }
 
-/// Does what may wait for a disk on a thread that may.
+/// Runs work that may wait for the disk on a blocking thread.
 pub(super) async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> SqliteResult<T> + Send + 'static,
-) -> std::result::Result<T, StoreError> {
+) -> Result<T, StoreError> {
     let done = spawn_blocking(work).await.map_err(|error| StoreError::Unavailable(error.into()))?;
     done.map_err(StoreError::from)
 }
 
 type ConnectionJob = Box<dyn FnOnce(&mut ConnectionSlot) + Send>;
 
-/// The connection to a file.
+/// The file and its connection.
 struct ConnectionSlot {
     path: PathBuf,
     state: ConnectionState,
@@ -96,32 +99,32 @@ struct ConnectionSlot {
 
 enum ConnectionState {
     Open(Connection),
-    /// Not yet; or not any more, after a fault: whatever state that left the connection in, a new one begins afresh. The
-    /// old one is kept until then, so that the file is never without a connection.
+    /// Not opened yet, or failed: its state is unknown, so the next job opens another one. The old connection is kept
+    /// until then, so that the file always has one.
     NeedsOpen(Option<Connection>),
     Closed,
 }
 
-/// The writing connection of a file, on a thread of its own. Work that has begun is done to its end, also when nobody
-/// waits for it any more.
+/// The writing connection of a file, on a dedicated thread. A started job always runs to its end, even if its caller is
+/// gone.
 #[derive(Debug)]
 pub(super) struct SqliteWriter {
-    /// None = the file is only looked at.
+    /// `None` if the file is only inspected.
     jobs: Option<mpsc::Sender<ConnectionJob>>,
 }
 
-/// While this lives the thread waits, and nobody writes.
+/// While this exists, the thread waits and nothing is written.
 pub(super) struct WriterPause {
     _release: Option<mpsc::Sender<()>>,
 }
 
 impl SqliteWriter {
-    /// Opens the file at `path`, which is there.
-    pub(super) async fn open(path: &Path) -> std::result::Result<SqliteWriter, StoreError> {
+    /// Opens the file at `path`, which must exist.
+    pub(super) async fn open(path: &Path) -> Result<SqliteWriter, StoreError> {
         let mut slot = ConnectionSlot { path: path.to_owned(), state: ConnectionState::NeedsOpen(None) };
         let (jobs, received) = mpsc::channel::<ConnectionJob>();
         let thread = std::thread::Builder::new().name("keyward-sqlite".to_owned()).spawn(move || {
-            // It ends with the last who could send.
+            // The loop ends when the last sender is dropped.
             for job in received {
                 job(&mut slot);
             }
@@ -132,17 +135,17 @@ impl SqliteWriter {
         Ok(writer)
     }
 
-    /// Of a file that is only looked at.
+    /// The writer of a file that is only inspected.
     pub(super) const fn disabled() -> SqliteWriter {
         SqliteWriter { jobs: None }
     }
 
-    /// Does `run` once that before it has ended. It begins and ends its transaction itself; what it leaves open when
-    /// it fails is undone.
+    /// Runs `work` after all earlier jobs. It begins and ends its transaction itself; if it fails, an open transaction
+    /// is rolled back.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Connection) -> SqliteResult<T> + Send + 'static,
-    ) -> std::result::Result<T, StoreError> {
+    ) -> Result<T, StoreError> {
         let done = self.run_on_slot(|slot| {
             let connection = match std::mem::replace(&mut slot.state, ConnectionState::Closed) {
                 ConnectionState::Open(connection) => connection,
@@ -164,7 +167,7 @@ impl SqliteWriter {
                 let _ = connection.execute_batch("ROLLBACK");
             }
             slot.state = match &done {
-                // Only this connection still has the WAL, if that was removed.
+                // If the WAL was removed, only this connection still has it.
                 Ok(_) | Err(SqliteFailure::Store(StoreError::OwnershipLost(_))) => {
                     ConnectionState::Open(connection)
                 }
@@ -175,24 +178,24 @@ impl SqliteWriter {
         done.await?.map_err(StoreError::from)
     }
 
-    /// Waits until what was begun has ended, and holds back what comes next.
-    pub(super) async fn pause(&self) -> std::result::Result<WriterPause, StoreError> {
+    /// Waits for the jobs that have started, and holds back later ones.
+    pub(super) async fn pause(&self) -> Result<WriterPause, StoreError> {
         if self.jobs.is_none() {
             return Ok(WriterPause { _release: None });
         }
-        let (pause, over) = mpsc::channel();
-        let (tell, begun) = oneshot::channel();
+        let (release, released) = mpsc::channel();
+        let (sender, begun) = oneshot::channel();
         self.send_job(Box::new(move |_| {
-            let _ = tell.send(());
-            // It ends when the other end is dropped.
-            let _ = over.recv();
+            let _ = sender.send(());
+            // This ends when the sender is dropped.
+            let _ = released.recv();
         }))?;
         begun.await.map_err(|_| closed_error())?;
-        Ok(WriterPause { _release: Some(pause) })
+        Ok(WriterPause { _release: Some(release) })
     }
 
-    /// Closes the connection for good.
-    pub(super) async fn close(&self) -> std::result::Result<(), StoreError> {
+    /// Closes the connection permanently.
+    pub(super) async fn close(&self) -> Result<(), StoreError> {
         if self.jobs.is_none() {
             return Ok(());
         }
@@ -209,16 +212,16 @@ impl SqliteWriter {
     async fn run_on_slot<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut ConnectionSlot) -> T + Send + 'static,
-    ) -> std::result::Result<T, StoreError> {
+    ) -> Result<T, StoreError> {
         let (answer, done) = oneshot::channel();
         self.send_job(Box::new(move |slot| {
-            // Whoever asked may have gone.
+            // The caller may be gone.
             let _ = answer.send(work(slot));
         }))?;
         done.await.map_err(|_| closed_error())
     }
 
-    fn send_job(&self, job: ConnectionJob) -> std::result::Result<(), StoreError> {
+    fn send_job(&self, job: ConnectionJob) -> Result<(), StoreError> {
         self.jobs.as_ref().ok_or_else(closed_error)?.send(job).map_err(|_| closed_error())
     }
 }
@@ -227,8 +230,8 @@ fn closed_error() -> StoreError {
     StoreError::Unavailable("the database is closed".into())
 }
 
-/// A file that was removed meanwhile is not made anew, and a connection that is closed leaves the WAL as it is: only the
-/// end of a term copies all of it and removes it (`mark.rs`).
+/// Opens the writing connection. It never creates a file, since the file may have been removed meanwhile. Closing it
+/// leaves the WAL as it is: only the end of a term checkpoints and removes the WAL (`open_mark.rs`).
 fn connect_writer(path: &Path) -> SqliteResult<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
@@ -242,7 +245,7 @@ fn connect_writer(path: &Path) -> SqliteResult<Connection> {
     Ok(connection)
 }
 
-/// A connection that reads. It cannot change the file, and so leaves the WAL as it is when it is closed.
+/// Opens a connection that cannot change the file, and so leaves the WAL as it is when it is closed.
 pub(super) fn connect_reader(path: &Path) -> SqliteResult<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
@@ -251,13 +254,13 @@ pub(super) fn connect_reader(path: &Path) -> SqliteResult<Connection> {
     Ok(connection)
 }
 
-/// Runs a statement without values.
+/// Runs a statement without arguments.
 pub(super) fn execute(connection: &Connection, sql: &'static str) -> SqliteResult<()> {
     connection.prepare_cached(sql)?.execute([])?;
     Ok(())
 }
 
-/// Runs a statement for each row, in their order. How many rows of the table it changed.
+/// Runs a statement for each row, in order. Returns how many rows of the table changed.
 pub(super) fn execute_each<T>(
     connection: &Connection,
     sql: &'static str,

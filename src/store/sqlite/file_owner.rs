@@ -1,15 +1,15 @@
-//! Ownership of a database file: one process at a time changes it, and a process that has lost it stops.
+//! Ownership of a database file: only one process changes it, and a process that has lost it stops.
 //!
 //! The owner holds `flock` on the database file itself. So a second server is refused under each name of the file: a
-//! symbolic link, a hard link, another mount. A lock on a file beside it keeps out servers of versions that know no other,
-//! and is the only one on a network file system, where `flock` and SQLite's own locks exclude each other.
+//! symbolic link, a hard link, another mount. A lock on a separate `-lock` file keeps out older versions, which know no
+//! other lock. It is the only lock on a network file system, where `flock` conflicts with SQLite's own locks.
 //!
-//! Where locks fail, the term decides. Each start counts `meta.term` up and draws `meta.owner`, and the mark in the file's
-//! header (`read_mark.rs`) has the term too. A transaction that finds another term is not committed. A commit after which the
-//! file's names or its mark are not the owner's is not acknowledged. [`FileOwner::check`] looks at all of it between
-//! transactions.
+//! If locks fail, the term decides. Each start increments `meta.term`, sets a random `meta.owner`, and writes the term
+//! to the mark in the file's header (`open_mark.rs`). A transaction that finds another term is not committed. A commit
+//! is not acknowledged if the file's names or its mark are no longer the owner's. [`FileOwner::check_ownership`] checks
+//! all of this between transactions.
 //!
-//! A process that closes a descriptor of a file loses all its POSIX locks on that file, SQLite's among them. So a server
+//! A process that closes a descriptor of a file loses all its POSIX locks on that file, including SQLite's. So a server
 //! opens the database file here once, before SQLite does, and nowhere else.
 
 use std::{
@@ -35,40 +35,41 @@ use super::{
     connection::{
         SqliteFailure, SqliteResult, SqliteWriter, connect_reader, execute, run_blocking, unavailable_failure,
     },
+    errors::store_open_error,
     open_mark::{self, OpenMark, WalState},
-    permissions, store_open_error,
+    permissions,
 };
 
-/// How often the owner looks whether the file is still its own. It bounds how long it answers when it is not.
+/// How often the owner checks that it still owns the file. This bounds how long it answers after it has lost the file.
 const CHECK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// NFS, SMB, CIFS and SMB2: file systems that make `flock` a lock of the kind that SQLite takes.
+/// NFS, SMB, CIFS and SMB2: on these file systems, `flock` conflicts with SQLite's locks.
 const NETWORK_FILE_SYSTEMS: [FsWord; 4] = [NFS_SUPER_MAGIC, 0x517b, 0xff53_4d42, 0xfe53_4d42];
 
-/// The owner of a database file.
+/// The ownership of a database file, until it is dropped.
 pub(super) struct FileOwner {
-    /// The file as the settings name it: a symbolic link, perhaps.
+    /// The path in the settings, which may be a symbolic link.
     path: PathBuf,
-    /// The file's own name, which its WAL is beside.
+    /// The path with links resolved; the WAL is next to it.
     real_path: PathBuf,
-    /// What it had of its WAL when it was locked.
+    /// The state of the WAL when the file was locked.
     wal_state: WalState,
     term: OnceLock<OwnershipTerm>,
-    /// Reads the term between transactions, for as long as there is one.
+    /// Reads the term between transactions, while there is one.
     term_reader: Mutex<Option<Connection>>,
     file: File,
     identity: FileIdentity,
     lock_file: File,
 }
 
-/// What the file has of this owner and no other.
+/// What distinguishes this owner from all others.
 struct OwnershipTerm {
     number: i64,
     nonce: Vec<u8>,
     wal_identity: FileIdentity,
 }
 
-/// A file, whatever its names are.
+/// The device and the inode of a file, independent of its names.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct FileIdentity(u64, u64);
 
@@ -79,19 +80,19 @@ impl From<Metadata> for FileIdentity {
 }
 
 impl FileOwner {
-    /// Takes the locks on a file, which is created where it is missing.
+    /// Locks a file, and creates it if it is missing.
     ///
     /// # Errors
-    /// When another process has them, or the file cannot be opened.
-    pub(super) fn lock(path: &str) -> std::result::Result<FileOwner, OpenError> {
+    /// If another process has locked the file, or it cannot be opened.
+    pub(super) fn lock(path: &str) -> Result<FileOwner, OpenError> {
         let other = |error: std::io::Error| OpenError::Other { path: path.to_owned(), source: error.into() };
         let path = PathBuf::from(path);
-        // A link to nothing yet leads nowhere. The file holds digests and names: it is for its owner alone.
+        // A dangling link gets its target. Only the owner may read the file: it contains digests and names.
         private_file::create_missing_target(&path).map_err(other)?;
         let real = path.canonicalize().map_err(other)?;
         permissions::check_permissions(&real)?;
         let lock_file = acquire_lock_file(&path, &real)?;
-        // To be written, so that an overlay file system copies it before SQLite does.
+        // Opened for writing, so that an overlay file system copies it before SQLite opens it.
         let file = private_file::open_existing(&real).map_err(other)?;
         if is_on_network_file_system(&file) {
             tracing::warn!(
@@ -110,25 +111,24 @@ impl FileOwner {
         }
         let inode = file.metadata().map_err(other)?.into();
         let wal = open_mark::check_wal(&path.display().to_string(), &real, &file)?;
-        let (term, reader) = (OnceLock::new(), Mutex::new(None));
         Ok(FileOwner {
             path,
             real_path: real,
             wal_state: wal,
-            term,
-            term_reader: reader,
+            term: OnceLock::new(),
+            term_reader: Mutex::new(None),
             file,
             identity: inode,
             lock_file,
         })
     }
 
-    /// The name under which SQLite opens the file.
+    /// The path that SQLite opens.
     pub(super) fn real_path(&self) -> &Path {
         &self.real_path
     }
 
-    /// Why a file does not open: a WAL that is not its own makes a whole file look damaged.
+    /// Explains why a file does not open: a foreign WAL makes an intact file look damaged.
     pub(super) fn explain_open_error(&self, error: OpenError) -> OpenError {
         match (self.wal_state, error) {
             (WalState::Leftover, OpenError::Damaged { path, .. }) => OpenError::ForeignWal { path },
@@ -136,7 +136,7 @@ impl FileOwner {
         }
     }
 
-    /// Begins a term: from here on every change is this owner's, and the file is marked as open.
+    /// Begins a term: every later change is this owner's, and the file is marked as open.
     pub(super) fn begin_term(&self, connection: &Connection) -> SqliteResult<()> {
         execute(connection, "BEGIN IMMEDIATE")?;
         let sql = "UPDATE meta SET term = term + 1, owner = randomblob(16) RETURNING term, owner";
@@ -147,7 +147,7 @@ impl FileOwner {
         let marked = self.read_mark()?.is_some_and(|mark| mark.open_term == open_mark::term_number(number));
         if !(copied && marked) {
             let problem = "another program is reading the database, so it cannot be marked as open; try again \
-                           when that has ended";
+                           when it has finished";
             return Err(unavailable_failure(problem));
         }
         let wal = std::fs::metadata(open_mark::wal_path(&self.real_path)).map_err(unavailable_failure)?;
@@ -157,7 +157,7 @@ impl FileOwner {
         Ok(())
     }
 
-    /// Does `run` in a transaction of this term. `commits` says whether there is something to commit.
+    /// Runs `work` in a transaction of this term. `commits` decides whether there is something to commit.
     pub(super) fn transaction<T>(
         &self,
         connection: &Connection,
@@ -169,7 +169,7 @@ impl FileOwner {
         let done = work(connection)?;
         if commits(&done) {
             execute(connection, "COMMIT")?;
-            // What a process commits to a file that is no longer its own is lost on the others.
+            // A commit to a file that this process no longer owns does not exist for the other processes.
             self.check_from_outside()?;
         } else {
             execute(connection, "ROLLBACK")?;
@@ -180,22 +180,19 @@ impl FileOwner {
     /// Checks that this process still owns the file. A file that cannot be read does not count as lost.
     ///
     /// # Errors
-    /// [`StoreError::Lost`] if it does not.
+    /// [`StoreError::OwnershipLost`] if the file is lost.
     pub(super) fn check_ownership(&self) -> SqliteResult<()> {
-        // Held until the end: a term does not end meanwhile.
+        // Locked until the end, so the term cannot end meanwhile.
         let reader = self.term_reader.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(reader) = &*reader else { return Ok(()) };
         self.check_from_outside()?;
         self.check_term(reader)
     }
 
-    /// Ends the term in order, and closes the last connection: the file holds everything afterwards, and is marked as
-    /// closed. One that is no longer this owner's, or that others read, is left as it is. Another may lock it then, though
-    /// a look at the file still holds this owner.
-    pub(super) async fn release(
-        self: Arc<Self>,
-        writer: &SqliteWriter,
-    ) -> std::result::Result<(), StoreError> {
+    /// Ends the term in order and closes the last connection: afterwards the file contains everything and is marked as
+    /// closed. A lost file, or one that others are reading, is left as it is. Another process may lock the file then,
+    /// even if `self` is still referenced.
+    pub(super) async fn release(self: Arc<Self>, writer: &SqliteWriter) -> Result<(), StoreError> {
         let owner = self.clone();
         let ended = writer.run(move |connection| owner.end_term(connection)).await;
         writer.close().await?;
@@ -203,9 +200,9 @@ impl FileOwner {
         ended
     }
 
-    /// Releases the locks. To close the files is not enough: a child process has them too between its fork and its exec.
+    /// Releases the locks. Closing the files is not enough: a child process shares them between its fork and its exec.
     fn unlock(&self) {
-        // They cannot be unlocked twice, and the end of the process unlocks them.
+        // Errors do not matter: the end of the process releases the locks, too.
         let _ = (self.file.unlock(), self.lock_file.unlock());
     }
 
@@ -228,7 +225,7 @@ impl FileOwner {
         own.ok_or_else(|| lost_failure("another process has taken it over"))
     }
 
-    /// Looks at the file from outside, where SQLite may not see what others do.
+    /// Checks the file itself, since SQLite may not see what others do to it.
     fn check_from_outside(&self) -> SqliteResult<()> {
         let Some(term) = self.term.get() else { return Ok(()) };
         self.check_names()?;
@@ -266,14 +263,14 @@ impl Drop for FileOwner {
     }
 }
 
-/// Locks a file and opens its writing connection, which keeps other connections from removing the WAL. `lost_failure` accepts
-/// that the WAL is missing.
+/// Locks a file and opens its writing connection, which keeps other connections from removing the WAL.
+/// `accept_lost_wal` expects that the WAL is missing.
 pub(super) async fn acquire(
     path: &str,
-    lost: bool,
-) -> std::result::Result<(Arc<FileOwner>, SqliteWriter), OpenError> {
+    accept_lost_wal: bool,
+) -> Result<(Arc<FileOwner>, SqliteWriter), OpenError> {
     let owner = Arc::new(FileOwner::lock(path)?);
-    match (owner.wal_state == WalState::Missing, lost) {
+    match (owner.wal_state == WalState::Missing, accept_lost_wal) {
         (true, false) => return Err(OpenError::WalMissing { path: path.to_owned() }),
         (false, true) => return Err(OpenError::WalNotLost { path: path.to_owned() }),
         _ => {}
@@ -293,7 +290,7 @@ pub(super) async fn acquire(
     }
 }
 
-/// Looks between transactions whether the file is still its owner's.
+/// Checks periodically that the process still owns the file.
 pub(super) async fn watch_ownership(owner: Weak<FileOwner>, lost: Sender<bool>) {
     let mut due = tokio::time::interval(CHECK_INTERVAL);
     due.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -307,7 +304,7 @@ pub(super) async fn watch_ownership(owner: Weak<FileOwner>, lost: Sender<bool>) 
     }
 }
 
-/// Stops the server: it can no longer tell which changes are committed.
+/// Reports that the server must stop: it no longer decides which changes are committed.
 pub(super) fn report_lost(lost: &Sender<bool>, error: &StoreError) {
     if !lost.send_replace(true) {
         tracing::error!(
@@ -321,7 +318,7 @@ fn lost_failure(how: &'static str) -> SqliteFailure {
     StoreError::OwnershipLost(how).into()
 }
 
-/// Whether a name certainly leads to another file, or to none.
+/// Whether a path certainly leads to another file, or to none.
 fn is_different_file(name: &Path, known: FileIdentity) -> bool {
     match std::fs::metadata(name) {
         Ok(found) => FileIdentity::from(found) != known,
@@ -333,19 +330,19 @@ fn is_on_network_file_system(file: &File) -> bool {
     fstatfs(file).is_ok_and(|found| NETWORK_FILE_SYSTEMS.contains(&found.f_type))
 }
 
-/// The name of the lock file beside a database file.
+/// The path of the lock file of a database file.
 fn lock_file_path(real: &Path) -> PathBuf {
     append_suffix(real, "-lock")
 }
 
-/// Locks the file beside the database file, which has the owner's process id.
-fn acquire_lock_file(path: &Path, real: &Path) -> std::result::Result<File, OpenError> {
+/// Locks the lock file, which contains the process id of the owner.
+fn acquire_lock_file(path: &Path, real: &Path) -> Result<File, OpenError> {
     let shown = path.display().to_string();
     let other = |error: std::io::Error| OpenError::Other { path: shown.clone(), source: error.into() };
     let lock = lock_file_path(real);
     let mut file = private_file::open_or_create(&lock)
         .map_err(|error| OpenError::Other { path: lock.display().to_string(), source: error.into() })?;
-    // It is overwritten below.
+    // The file is overwritten below.
     if file.metadata().map_err(other)?.nlink() > 1 {
         let what = format!("{} is a hard link to another file", lock.display());
         return Err(OpenError::Unsuitable { database: shown, what, fix: "Remove the link" });
@@ -366,9 +363,9 @@ fn acquire_lock_file(path: &Path, real: &Path) -> std::result::Result<File, Open
     }
 }
 
-/// Whether some process owns the file. SQLite must not have it open in this process yet.
+/// Whether any process owns the file. SQLite must not have opened it in this process yet.
 pub(super) fn is_owned(real: &Path) -> bool {
-    // Shared, and let go of at once: a server that starts meanwhile would have to be very unlucky.
+    // A shared lock, released at once: it can hardly disturb a server that is starting.
     let is_locked = |file: std::io::Result<File>| {
         file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(std::fs::TryLockError::WouldBlock)))
     };

@@ -1,4 +1,4 @@
-//! Looking at a file that a server may have: read-only connections, no ownership, no migration.
+//! Inspects a file that a server may own: read-only connections, no ownership, no migration.
 
 use std::{fs::File, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc};
 
@@ -7,30 +7,31 @@ use tokio::sync::watch::Sender;
 
 use crate::store::{
     OpenError, Store, backend,
-    inspect::{DatabaseInspection, DatabaseKind, SqliteFileInfo},
+    inspection::{DatabaseInspection, DatabaseKind, SqliteFileInfo},
 };
 
 use super::{
-    MAX_CHECKED_AT_OPEN, MAX_SQLX_READERS, SqliteStore, check_integrity,
+    checks::{MAX_CHECKED_AT_OPEN, check_integrity},
+    connect_options::{MAX_SQLX_READERS, read_only_options},
     connection::SqliteWriter,
+    errors::open_error,
     file_owner::is_owned,
     migrate::migrations,
-    open_error,
     open_mark::{self, WalState},
     page_readers::PageReaders,
-    read_only_options,
+    store::SqliteStore,
 };
 
-/// Looks at the file at `path`.
+/// Inspects the file at `path`.
 ///
 /// # Errors
-/// When there is none, or it cannot be read.
+/// If the file does not exist or cannot be read.
 pub(in crate::store) async fn inspect(path: &str) -> Result<DatabaseInspection, OpenError> {
     let other = |error: std::io::Error| OpenError::Other { path: path.to_owned(), source: error.into() };
     let found = std::fs::metadata(path).map_err(other)?;
     let real = Path::new(path).canonicalize().map_err(other)?;
     let disk = rustix::fs::statvfs(&real).map_err(|error| other(error.into()))?;
-    // Before SQLite opens the file: whoever closes it gives up the locks of the whole process on it.
+    // Before SQLite opens the file: closing any descriptor releases the locks of the whole process on it.
     let owned = is_owned(&real);
     if open_mark::check_wal(path, &real, &File::open(&real).map_err(other)?)? == WalState::Missing {
         return Err(OpenError::WalMissing { path: path.to_owned() });
@@ -46,7 +47,7 @@ pub(in crate::store) async fn inspect(path: &str) -> Result<DatabaseInspection, 
     };
     let schema = newest_applied(&mut connection).await.map_err(|error| open_error(path, error))?;
     drop(connection);
-    let facts = SqliteFileInfo {
+    let info = SqliteFileInfo {
         mode: found.permissions().mode() & 0o777,
         size_bytes: found.len(),
         free_bytes: disk.f_bavail.saturating_mul(disk.f_frsize),
@@ -54,11 +55,11 @@ pub(in crate::store) async fn inspect(path: &str) -> Result<DatabaseInspection, 
         integrity_check: structure,
     };
     let known = migrations().iter().map(|migration| migration.version).max().unwrap_or(0);
-    let mut seen = DatabaseInspection {
+    let mut inspection = DatabaseInspection {
         display_name: path.to_owned(),
         schema_version: schema,
         newest_schema_version: known,
-        kind: DatabaseKind::Sqlite(facts),
+        kind: DatabaseKind::Sqlite(info),
         log_check: None,
         store: None,
     };
@@ -72,16 +73,16 @@ pub(in crate::store) async fn inspect(path: &str) -> Result<DatabaseInspection, 
             lost: Sender::new(false),
             file_owner: None,
         });
-        seen.log_check = Some(match backend::verify_newest_log(&*store).await {
+        inspection.log_check = Some(match backend::verify_newest_log(&*store).await {
             Ok(()) => store.log_head().await,
             Err(error) => Err(error),
         });
-        seen.store = Some(store);
+        inspection.store = Some(store);
     }
-    Ok(seen)
+    Ok(inspection)
 }
 
-/// What SQLite's own check says; a fault of the check itself is none of the file's.
+/// The result of SQLite's check. A failure of the check itself is an error.
 async fn check_structure(
     path: &str,
     connection: &mut SqliteConnection,
@@ -93,7 +94,7 @@ async fn check_structure(
     }
 }
 
-/// The newest migration that the file has had.
+/// The newest migration that was applied to the file.
 async fn newest_applied(connection: &mut SqliteConnection) -> Result<Option<i64>, sqlx::Error> {
     let table = "SELECT count(*) FROM sqlite_schema WHERE name = '_sqlx_migrations'";
     if sqlx::query_scalar::<_, i64>(table).fetch_one(&mut *connection).await? == 0 {

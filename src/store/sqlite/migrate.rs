@@ -1,4 +1,4 @@
-//! The schema of the file: which migrations there are, which it has had, and running those that it lacks.
+//! Migrates the schema of a file: which steps exist, which were applied, and running the missing ones.
 
 use std::borrow::Cow;
 
@@ -11,16 +11,16 @@ use crate::{
     domain::{log::GENESIS_HASH, text},
     store::{
         MigrationStep, OpenError, SchemaPolicy,
-        open::{CASE_COLLISIONS, check_account_ids},
+        schema::{CASE_COLLISIONS, check_account_ids},
     },
 };
 
-use super::open_error;
+use super::errors::open_error;
 
-/// The step that adds `name_nfc`.
+/// The step that adds the column `name_nfc`.
 const NAMES_VERSION: i64 = 9;
 
-/// The migrations, oldest first. Never edited once released.
+/// The migrations, oldest first. A released one never changes: the file has its checksum.
 pub(super) fn migrations() -> Vec<Migration> {
     [
         (1, "start", SqlStr::from_static(include_str!("../migrations/sqlite/0001_start.sql"))),
@@ -44,7 +44,7 @@ fn newest_known() -> i64 {
     migrations().iter().map(|migration| migration.version).max().unwrap_or(0)
 }
 
-/// Every step that there is.
+/// All steps that exist.
 pub(super) fn all_steps() -> Vec<MigrationStep> {
     let step = |migration: Migration| MigrationStep {
         version: migration.version,
@@ -53,7 +53,7 @@ pub(super) fn all_steps() -> Vec<MigrationStep> {
     migrations().into_iter().map(step).collect()
 }
 
-/// Which versions a file has had.
+/// The versions that were applied to a file.
 async fn applied_versions(path: &str, connection: &mut SqliteConnection) -> Result<Vec<i64>, OpenError> {
     let failed = |error| open_error(path, error);
     let table = "SELECT 1 FROM sqlite_schema WHERE name = '_sqlx_migrations'";
@@ -77,7 +77,7 @@ pub(super) async fn pending_steps(
     Ok(all_steps().into_iter().filter(|step| !applied.contains(&step.version)).collect())
 }
 
-/// Brings a file to what this program knows, unless that is not to be done now; or says why it cannot.
+/// Migrates a file, or fails if the schema must be current already.
 pub(super) async fn run_migrations(
     path: &str,
     connection: &mut SqliteConnection,
@@ -89,7 +89,7 @@ pub(super) async fn run_migrations(
         return Err(OpenError::OlderSchema { path: path.to_owned(), found, known: newest_known() });
     }
     let failed = |error| open_error(path, error);
-    // One transaction for all steps: a column is never there without what fills it.
+    // One transaction for all steps, so that no column exists without the values that fill it.
     let mut transaction = connection.begin().await.map_err(failed)?;
     if pending.iter().any(|step| step.version == NAMES_VERSION) {
         let ids = case_collisions(&mut transaction).await.map_err(failed)?;
@@ -125,7 +125,7 @@ pub(super) async fn run_migrations(
     Ok(())
 }
 
-/// The ids of accounts that differ in case alone; none where there is no table of accounts yet.
+/// The ids of accounts that differ only in case; none if there is no table of accounts yet.
 async fn case_collisions(connection: &mut SqliteConnection) -> Result<Vec<String>, sqlx::Error> {
     let table = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'accounts'";
     if sqlx::query(table).fetch_optional(&mut *connection).await?.is_none() {
@@ -134,9 +134,9 @@ async fn case_collisions(connection: &mut SqliteConnection) -> Result<Vec<String
     sqlx::query_scalar(CASE_COLLISIONS).fetch_all(connection).await
 }
 
-/// Fills `name_nfc` for the names that are not normalized.
+/// Fills `name_nfc` for names that are not normalized.
 async fn normalize_names(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
-    // What is ASCII is normalized.
+    // ASCII is always normalized.
     let sql = "SELECT id, name FROM keys WHERE name GLOB '*[^ -~]*'";
     let rows = sqlx::query(sql).fetch_all(&mut *connection).await?;
     for row in rows {

@@ -1,6 +1,7 @@
-//! Reads of pages of rows, through rusqlite on threads that may wait for a disk. sqlx sends each row from thread to thread
-//! with a copy of every column, which takes several times as long as to read it; here a page is copied at once, and what is
-//! read in great numbers, keys and the log, not at all.
+//! Reads pages of rows with rusqlite on blocking threads.
+//!
+//! sqlx sends each row between threads and copies each column, which takes several times as long as reading it. Here a
+//! page is copied once. Keys and the log, which are read in large numbers, are decoded in place.
 
 use std::{
     borrow::Cow,
@@ -27,15 +28,15 @@ use crate::{
 
 use super::connection::{SqliteResult, connect_reader, run_blocking, unavailable_failure};
 
-/// How many pages are read at once.
+/// The maximum number of pages read at once.
 const MAX_READERS: u32 = 4;
-/// The page cache of a connection, in KiB: with a million keys, the inner pages of their secrets take 2 MB, which is
-/// SQLite's usual size, and would be read again for every key.
+/// The page cache of a connection in KiB. With a million keys, the inner pages of their secrets take 2 MB, SQLite's
+/// default, and would be read again for every key.
 const CACHE_KIB: i32 = 8192;
-/// How long a read waits for its turn.
+/// How long a read waits for a connection.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Connections that read, each opened when it is first needed.
+/// A pool of read connections, each opened when it is first needed.
 pub(super) struct PageReaders {
     path: PathBuf,
     idle_connections: Arc<Mutex<Vec<Connection>>>,
@@ -51,11 +52,8 @@ impl PageReaders {
         }
     }
 
-    /// The rows of a query. They see one committed state.
-    pub(super) async fn fetch_rows(
-        &self,
-        query: SqlQuery<sqlx::Sqlite>,
-    ) -> std::result::Result<Vec<PageRow>, StoreError> {
+    /// The rows of a query, as of one committed state.
+    pub(super) async fn fetch_rows(&self, query: SqlQuery<sqlx::Sqlite>) -> Result<Vec<PageRow>, StoreError> {
         let (statement, bound) = query.into_parts();
         self.run_on_connection(move |connection| {
             read_rows(&mut *connection.prepare_cached(&statement)?, &bound)
@@ -64,10 +62,7 @@ impl PageReaders {
     }
 
     /// A page of the log, decoded in place.
-    pub(super) async fn fetch_log(
-        &self,
-        query: SqlQuery<sqlx::Sqlite>,
-    ) -> std::result::Result<Vec<LogEntry>, StoreError> {
+    pub(super) async fn fetch_log(&self, query: SqlQuery<sqlx::Sqlite>) -> Result<Vec<LogEntry>, StoreError> {
         let (statement, bound) = query.into_parts();
         self.run_on_connection(move |connection| {
             let mut statement = connection.prepare_cached(&statement)?;
@@ -81,34 +76,34 @@ impl PageReaders {
         .await
     }
 
-    /// The keys with these ids, in their order. Each is looked up by itself: all in one statement would be sorted again,
-    /// which takes as long as to read them.
-    pub(super) async fn fetch_keys(&self, ids: &[KeyId]) -> std::result::Result<Vec<StoredKey>, StoreError> {
+    /// The keys with these ids, in their order. Each is looked up separately: one statement for all would sort the rows
+    /// again, which takes as long as reading them.
+    pub(super) async fn fetch_keys(&self, ids: &[KeyId]) -> Result<Vec<StoredKey>, StoreError> {
         let ids = ids.to_vec();
         // The same statement for every key.
         let (one, _) = queries::key::<sqlx::Sqlite>(KeyId::from_bytes([0; 16])).into_parts();
         self.run_on_connection(move |connection| {
-            let (mut keys, mut gather) = (Vec::with_capacity(ids.len()), KeyAssembler::default());
-            // They see one committed state.
+            let (mut keys, mut assembler) = (Vec::with_capacity(ids.len()), KeyAssembler::default());
+            // All keys as of one committed state.
             let transaction = connection.unchecked_transaction()?;
             let mut statement = transaction.prepare_cached(&one)?;
             for id in ids {
                 let mut rows = statement.query([id.as_bytes().as_slice()])?;
                 while let Some(row) = rows.next()? {
-                    keys.extend(gather.push_row(row)?);
+                    keys.extend(assembler.push_row(row)?);
                 }
             }
-            keys.extend(gather.finish()?);
+            keys.extend(assembler.finish()?);
             Ok(keys)
         })
         .await
     }
 
-    /// Does `work` with one of the connections, which sees what is committed.
+    /// Runs `work` on one of the connections.
     pub(super) async fn run_on_connection<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Connection) -> SqliteResult<T> + Send + 'static,
-    ) -> std::result::Result<T, StoreError> {
+    ) -> Result<T, StoreError> {
         let permit = timeout(ACQUIRE_TIMEOUT, self.permits.clone().acquire_owned()).await;
         let permit = permit.map_err(|late| StoreError::Unavailable(late.into()))?;
         let permit = permit.map_err(|closed| StoreError::Unavailable(closed.into()))?;
@@ -120,7 +115,7 @@ impl PageReaders {
                 Some(connection) => connection,
                 None => open_connection(&path)?,
             };
-            // After a fault, whatever state that left the connection in, the next read begins with a new one.
+            // After an error, the state of the connection is unknown: it is dropped, and the next read opens another.
             let read = work(&connection)?;
             lock_idle(&idle).push(connection);
             Ok(read)
@@ -128,7 +123,7 @@ impl PageReaders {
         .await
     }
 
-    /// Waits for the reads that have begun, and closes the connections.
+    /// Waits for started reads, and closes the connections.
     pub(super) async fn close(&self) {
         let _all = self.permits.acquire_many(MAX_READERS).await;
         self.permits.close();
@@ -171,13 +166,13 @@ fn read_rows(statement: &mut Statement<'_>, bound: &[SqlValue]) -> SqliteResult<
     Ok((0..count).map(|row| PageRow { page: page.clone(), row }).collect())
 }
 
-/// Rows, one after the other.
+/// The rows of a page, one after the other.
 #[derive(Default)]
 struct RowPage {
     columns: Vec<PageColumn>,
-    /// How many columns a row has.
+    /// The number of columns of each row.
     width: usize,
-    /// Texts and blobs.
+    /// The texts and blobs of all columns, concatenated.
     bytes: Vec<u8>,
 }
 
@@ -185,7 +180,7 @@ struct RowPage {
 enum PageColumn {
     Null,
     Int(i64),
-    /// From here to there in the page's bytes.
+    /// The range in the bytes of the page.
     Text(usize, usize),
     Blob(usize, usize),
 }
@@ -202,7 +197,7 @@ impl RowPage {
             ValueRef::Integer(number) => PageColumn::Int(number),
             ValueRef::Text(text) => PageColumn::Text(start, keep(text)),
             ValueRef::Blob(blob) => PageColumn::Blob(start, keep(blob)),
-            // No table has such a column.
+            // No table has a column of this type.
             ValueRef::Real(_) => return Err(unavailable_failure("a column is a floating-point number")),
         };
         self.columns.push(column);
@@ -210,13 +205,13 @@ impl RowPage {
     }
 }
 
-/// One row of a page.
+/// One row, which shares the page with the others.
 pub(in crate::store) struct PageRow {
     page: Arc<RowPage>,
     row: usize,
 }
 
-type PageResult<T> = std::result::Result<T, sqlx::Error>;
+type PageResult<T> = Result<T, sqlx::Error>;
 
 impl PageRow {
     fn column(&self, at: usize) -> PageResult<PageColumn> {

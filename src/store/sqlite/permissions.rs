@@ -16,10 +16,10 @@ use crate::{
 
 const OTHERS_WRITE: u32 = 0o002;
 const GROUP_WRITE: u32 = 0o020;
-/// In such a folder, users can rename and remove only what belongs to them.
+/// In a folder with this bit, users can rename and remove only their own files.
 const STICKY: u32 = 0o1000;
 
-/// Checks the file at `real`, which is no symbolic link, the files that SQLite keeps beside it, and its folder.
+/// Checks the file at `real`, which must not be a symbolic link, the files that SQLite keeps next to it, and its folder.
 pub(super) fn check_permissions(real: &Path) -> Result<(), OpenError> {
     let refusal =
         |what: String, fix| OpenError::Unsuitable { database: real.display().to_string(), what, fix };

@@ -1,5 +1,6 @@
-//! What the tables say of everything that a run of writes touches: a question for each record, and none for what the run
-//! does not touch. Whoever asks has the file to write in, so that nothing of it changes before the run is written.
+//! Reads the state of the tables before a run of writes: a lookup for each record that the run touches.
+//!
+//! The caller has begun a write transaction, so nothing changes before the run is written.
 
 use rusqlite::{CachedStatement, Connection, Row, Rows, params};
 
@@ -41,7 +42,7 @@ const SELECT_TALLY: &str = "SELECT account, user_id, keys, hour, rotations, log_
      WHERE account = ?1 AND user_id = ?2";
 const SELECT_ROLE_COUNT: &str = "SELECT account, count(*) FROM roles WHERE account = ?1 GROUP BY account";
 
-/// Every statement that asks.
+/// All lookups, for the test that each uses an index.
 #[cfg(test)]
 pub(super) const ALL_STATEMENTS: [&str; 12] = [
     SELECT_REQUEST,
@@ -58,55 +59,55 @@ pub(super) const ALL_STATEMENTS: [&str; 12] = [
     SELECT_ROLE_COUNT,
 ];
 
-/// Asks everything.
-pub(super) fn read_pre_state(connection: &Connection, asked: &PreStateQuery) -> SqliteResult<PreState> {
-    let mut asking = PreStateReader { connection, pre_state: PreState::default() };
-    asking.lookup_keys(asked)?;
-    asking.lookup_all(
+/// Runs all lookups of a query.
+pub(super) fn read_pre_state(connection: &Connection, query: &PreStateQuery) -> SqliteResult<PreState> {
+    let mut reader = PreStateReader { connection, pre_state: PreState::default() };
+    reader.lookup_keys(query)?;
+    reader.lookup_all(
         SELECT_ACCOUNT,
-        &asked.accounts,
-        |ask, id| ask.query([id.as_str()]),
-        |row, facts| pre_state::read_account(row, facts),
+        &query.accounts,
+        |statement, id| statement.query([id.as_str()]),
+        |row, state| pre_state::read_account(row, state),
     )?;
-    asking.lookup_all(
+    reader.lookup_all(
         SELECT_FOLDED_ACCOUNT,
-        &asked.folded_accounts,
-        |ask, id| ask.query([id.as_str()]),
-        |row, facts| pre_state::read_folded_account(row, facts),
+        &query.folded_accounts,
+        |statement, id| statement.query([id.as_str()]),
+        |row, state| pre_state::read_folded_account(row, state),
     )?;
-    asking.lookup_all(
+    reader.lookup_all(
         SELECT_ROLE,
-        &asked.roles,
-        |ask, (account, name)| ask.query([role_account_column(account.as_ref()), name.as_str()]),
-        |row, facts| pre_state::read_role(row, facts),
+        &query.roles,
+        |statement, (account, name)| statement.query([role_account_column(account.as_ref()), name.as_str()]),
+        |row, state| pre_state::read_role(row, state),
     )?;
-    asking.lookup_all(
+    reader.lookup_all(
         SELECT_MEMBER,
-        &asked.members,
-        |ask, (account, user)| ask.query([account.as_str(), user.as_str()]),
-        |row, facts| pre_state::read_member(row, facts),
+        &query.members,
+        |statement, (account, user)| statement.query([account.as_str(), user.as_str()]),
+        |row, state| pre_state::read_member(row, state),
     )?;
-    asking.lookup_all(
+    reader.lookup_all(
         SELECT_TALLY,
-        &asked.tallies,
-        |ask, owner| {
-            ask.query([
+        &query.tallies,
+        |statement, owner| {
+            statement.query([
                 owner.account().map_or("", AccountId::as_str),
                 owner.user().map_or("", UserId::as_str),
             ])
         },
-        |row, facts| pre_state::read_tally(row, facts),
+        |row, state| pre_state::read_tally(row, state),
     )?;
-    asking.lookup_all(
+    reader.lookup_all(
         SELECT_ROLE_COUNT,
-        &asked.role_counts,
-        |ask, account| ask.query([account.as_str()]),
-        |row, facts| pre_state::read_role_count(row, facts),
+        &query.role_counts,
+        |statement, account| statement.query([account.as_str()]),
+        |row, state| pre_state::read_role_count(row, state),
     )?;
-    if let Some(role) = &asked.role_to_delete {
-        asking.lookup_role_uses(role)?;
+    if let Some(role) = &query.role_to_delete {
+        reader.lookup_role_uses(role)?;
     }
-    Ok(asking.pre_state)
+    Ok(reader.pre_state)
 }
 
 struct PreStateReader<'c> {
@@ -115,21 +116,21 @@ struct PreStateReader<'c> {
 }
 
 impl PreStateReader<'_> {
-    /// Asks one question about each thing that is to be known of it.
+    /// Runs one lookup for each of `items`.
     fn lookup_all<T>(
         &mut self,
         sql: &'static str,
-        asked: impl IntoIterator<Item = T>,
-        ask: impl for<'s> Fn(&'s mut CachedStatement<'_>, T) -> rusqlite::Result<Rows<'s>>,
+        items: impl IntoIterator<Item = T>,
+        bind: impl for<'s> Fn(&'s mut CachedStatement<'_>, T) -> rusqlite::Result<Rows<'s>>,
         take: impl Fn(&Row<'_>, &mut PreState) -> PreStateResult<()>,
     ) -> SqliteResult<()> {
-        let mut asked = asked.into_iter().peekable();
-        if asked.peek().is_none() {
+        let mut items = items.into_iter().peekable();
+        if items.peek().is_none() {
             return Ok(());
         }
         let mut statement = self.connection.prepare_cached(sql)?;
-        for thing in asked {
-            let mut rows = ask(&mut statement, thing)?;
+        for item in items {
+            let mut rows = bind(&mut statement, item)?;
             while let Some(row) = rows.next()? {
                 take(row, &mut self.pre_state)?;
             }
@@ -137,47 +138,47 @@ impl PreStateReader<'_> {
         Ok(())
     }
 
-    fn lookup_keys(&mut self, asked: &PreStateQuery) -> SqliteResult<()> {
+    fn lookup_keys(&mut self, query: &PreStateQuery) -> SqliteResult<()> {
         self.lookup_all(
             SELECT_REQUEST,
-            &asked.requests,
-            |ask, (caller, key)| ask.query(params![caller.as_bytes(), key.as_str()]),
-            |row, facts| pre_state::read_request(row, facts),
+            &query.requests,
+            |statement, (caller, key)| statement.query(params![caller.as_bytes(), key.as_str()]),
+            |row, state| pre_state::read_request(row, state),
         )?;
         self.lookup_all(
             SELECT_KEY,
-            &asked.keys,
-            |ask, id| ask.query([id.as_bytes()]),
-            |row, facts| pre_state::read_key(row, facts),
+            &query.keys,
+            |statement, id| statement.query([id.as_bytes()]),
+            |row, state| pre_state::read_key(row, state),
         )?;
-        for (owner, name) in &asked.names {
+        for (owner, name) in &query.names {
             let (sql, owner) = match owner {
                 KeyOwner::Account(account) => (SELECT_ACCOUNT_KEY_NAME, account.as_str()),
                 KeyOwner::User(user) => (SELECT_USER_KEY_NAME, user.as_str()),
             };
-            let place = [owner, name.as_str()];
+            let arguments = [owner, name.as_str()];
             self.lookup_all(
                 sql,
-                [place],
-                |ask, place| ask.query(place),
-                |row, facts| pre_state::read_name(row, facts),
+                [arguments],
+                |statement, arguments| statement.query(arguments),
+                |row, state| pre_state::read_name(row, state),
             )?;
         }
         self.lookup_all(
             SELECT_DIGEST,
-            &asked.digests,
-            |ask, digest| ask.query([digest.as_bytes()]),
-            |row, facts| pre_state::read_digest(row, facts),
+            &query.digests,
+            |statement, digest| statement.query([digest.as_bytes()]),
+            |row, state| pre_state::read_digest(row, state),
         )?;
         self.lookup_all(
             SELECT_RETIRED_SECRET,
-            &asked.retired_secrets,
-            |ask, (id, version)| ask.query(params![id.as_bytes(), version]),
-            |row, facts| pre_state::read_retired_secret(row, facts),
+            &query.retired_secrets,
+            |statement, (id, version)| statement.query(params![id.as_bytes(), version]),
+            |row, state| pre_state::read_retired_secret(row, state),
         )
     }
 
-    /// Of a global role, accounts with an own role of that name do not count.
+    /// Counts the uses of a role. For a global role, accounts with their own role of that name do not count.
     fn lookup_role_uses(&mut self, (account, name): &RoleId) -> SqliteResult<()> {
         let sql = "SELECT \
              (SELECT count(*) FROM keys WHERE revoked_at IS NULL \
@@ -185,12 +186,12 @@ impl PreStateReader<'_> {
               (SELECT 1 FROM roles own WHERE own.account = keys.account AND own.name = ?1)))), \
              (SELECT count(*) FROM members WHERE role = ?1 AND (account = ?2 OR (?2 = '' AND NOT EXISTS \
               (SELECT 1 FROM roles own WHERE own.account = members.account AND own.name = ?1))))";
-        let place = [name.as_str(), role_account_column(account.as_ref())];
+        let arguments = [name.as_str(), role_account_column(account.as_ref())];
         self.lookup_all(
             sql,
-            [place],
-            |ask, place| ask.query(place),
-            |row, facts| pre_state::read_role_uses(row, facts),
+            [arguments],
+            |statement, arguments| statement.query(arguments),
+            |row, state| pre_state::read_role_uses(row, state),
         )
     }
 }

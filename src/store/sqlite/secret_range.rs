@@ -1,5 +1,7 @@
-//! The secrets of all keys in a range of ids, read in one scan of their table. The table is in the order of digests, which
-//! are random: to look up one key's secrets reads a page of its own, and a scan reads each page once for all keys.
+//! Reads the secrets of all keys in a range of ids with one scan of their table.
+//!
+//! The table is ordered by digest, which is random. So looking up one key's secrets reads a separate page, and a scan
+//! reads each page once for all keys.
 
 use std::{cmp::Reverse, ops::Range};
 
@@ -16,10 +18,10 @@ use crate::{
 
 use super::connection::SqliteResult;
 
-/// A secret of a key. Its hint is in the range's text.
+/// A secret of a key. Its hint is in the text of the range.
 #[derive(Debug)]
 struct CompactSecret {
-    /// In halves: as one number it would make this 96 bytes.
+    /// In two halves: as one number it would enlarge this struct to 96 bytes.
     key_id: [u64; 2],
     digest: TokenDigest,
     created_at: Timestamp,
@@ -37,53 +39,53 @@ impl CompactSecret {
     }
 }
 
-/// Secrets of the keys with an id in a range.
+/// The secrets of keys whose ids are in a range.
 #[derive(Debug, Default)]
 pub(super) struct SecretRange {
     ids: Range<KeyIdNumber>,
-    /// In the order of their keys, and of a key's the newest first.
+    /// Sorted by key, and the secrets of a key from the newest to the oldest.
     secrets: Vec<CompactSecret>,
     hints: String,
-    /// Where the secrets of the key before ended: keys are asked for in order.
+    /// The end of the previous key's secrets: keys are requested in order.
     next: usize,
 }
 
-/// Secrets of the keys from one id to before another. With the index on key ids, each row would be looked up by its digest.
+/// Selects the secrets of the keys in a range. The index on key ids is avoided: it would look up each row by its
+/// digest.
 fn scan() -> String {
     format!("SELECT {SECRET_ROW_COLUMNS} FROM secrets NOT INDEXED WHERE +key_id >= ?1 AND +key_id < ?2")
 }
 
 impl SecretRange {
-    /// Reads the secrets of the keys from `first` on, at most `most` of them. A row that cannot be read or contradicts
-    /// itself is left out.
-    pub(super) fn read(connection: &Connection, first: KeyIdNumber, most: u64) -> SqliteResult<SecretRange> {
+    /// Reads at most `limit` secrets of the keys from `first` on. Rows that are unreadable or damaged are left out.
+    pub(super) fn read(connection: &Connection, first: KeyIdNumber, limit: u64) -> SqliteResult<SecretRange> {
         let first = first.to_be_bytes();
         let index = "SELECT key_id FROM secrets WHERE key_id >= ?1 ORDER BY key_id LIMIT 1 OFFSET ?2";
-        let offset = i64::try_from(most).unwrap_or(i64::MAX);
+        let offset = i64::try_from(limit).unwrap_or(i64::MAX);
         let end: Option<[u8; 16]> =
             connection.query_row(index, params![first, offset], |row| row.get(0)).optional()?;
         let end = end.map_or(KeyIdNumber::MAX, KeyIdNumber::from_be_bytes);
         let mut range = SecretRange { ids: KeyIdNumber::from_be_bytes(first)..end, ..SecretRange::default() };
-        // Room that grows is there twice for a moment.
+        // A growing vector exists twice for a moment.
         let count = "SELECT count(*) FROM secrets WHERE key_id >= ?1 AND key_id < ?2";
         let count: i64 = connection.query_row(count, [first, end.to_be_bytes()], |row| row.get(0))?;
         range.secrets.reserve_exact(usize::try_from(count).unwrap_or(0));
         let mut statement = connection.prepare(&scan())?;
         let mut rows = statement.query([first, end.to_be_bytes()])?;
         while let Some(row) = rows.next()? {
-            // Its key is looked up by itself then, which says what is wrong.
+            // The key is looked up separately then, which reports the damage.
             let _ = range.add(row);
         }
         range.secrets.sort_unstable_by_key(|secret| (secret.key_id, Reverse(secret.version)));
         Ok(range)
     }
 
-    fn add(&mut self, row: &Row<'_>) -> std::result::Result<(), StoreError> {
+    fn add(&mut self, row: &Row<'_>) -> Result<(), StoreError> {
         let key_id: [u8; 16] = fixed_bytes(row, 0).map_err(unreadable_column)?;
         let secret = decode_secret(row, &key_id, 1, true)?;
-        let place =
+        let offset =
             |length: usize| u32::try_from(length).map_err(|error| StoreError::Unavailable(error.into()));
-        let (hint_start, hint_length) = (place(self.hints.len())?, place(secret.hint.len())?);
+        let (hint_start, hint_length) = (offset(self.hints.len())?, offset(secret.hint.len())?);
         self.hints.push_str(&secret.hint);
         let id = KeyIdNumber::from_be_bytes(key_id);
         self.secrets.push(CompactSecret {
@@ -103,8 +105,8 @@ impl SecretRange {
         self.ids.end
     }
 
-    /// A key's secrets, the newest first; none if its id is outside the range.
-    pub(super) fn of(&mut self, id: KeyIdNumber) -> Vec<KeySecret> {
+    /// The secrets of a key, the newest first; none if its id is outside the range.
+    pub(super) fn get(&mut self, id: KeyIdNumber) -> Vec<KeySecret> {
         if !self.ids.contains(&id) {
             return Vec::new();
         }
@@ -191,7 +193,7 @@ mod tests {
                 let mut range = SecretRange::read(&connection, first, most).unwrap();
                 prop_assert!(range.secrets.len() as u64 <= most && range.end() > first);
                 for id in asked.iter().copied().chain(0..=19) {
-                    let has = range.of(KeyIdNumber::from(id));
+                    let has = range.get(KeyIdNumber::from(id));
                     if (first..range.end()).contains(&KeyIdNumber::from(id)) {
                         let count = counts.get(usize::from(id)).copied().unwrap_or(0);
                         prop_assert_eq!(&has, &secrets(id, count));
@@ -215,8 +217,8 @@ mod tests {
         let connection = table(&[1, 2, 1]);
         connection.execute("UPDATE secrets SET hint = 'x' WHERE key_id = ?1", [key_id(1)]).unwrap();
         let mut range = SecretRange::read(&connection, 0, 100).unwrap();
-        assert_eq!(range.of(1), []);
-        assert_eq!((range.of(0), range.of(2)), (secrets(0, 1), secrets(2, 1)));
+        assert_eq!(range.get(1), []);
+        assert_eq!((range.get(0), range.get(2)), (secrets(0, 1), secrets(2, 1)));
     }
 
     #[test]

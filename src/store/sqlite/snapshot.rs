@@ -1,10 +1,10 @@
-//! What a start reads of SQLite, on threads of its own through rusqlite, which hands out columns where they are. sqlx
-//! sends each row from thread to thread with a copy of every column, which of a million keys takes half a minute. Both
-//! are on the same library.
+//! Reads a snapshot of SQLite with rusqlite on blocking threads, which borrows columns in place.
 //!
-//! A key's secrets stand in the order of their digests, and to look each up would take ten times as long as to read
-//! all of them. So they come first, as they stand, half on each of two threads; then the keys, half on each, which
-//! packs them too. For as long as that takes, each secret takes 56 bytes.
+//! sqlx would send each row between threads and copy each column: half a minute for a million keys.
+//!
+//! Secrets are ordered by digest, and looking up those of each key would take ten times as long as reading all. So the
+//! secrets are read first, half on each of two threads, then the keys, half on each thread, which also builds the index
+//! entries. Meanwhile each secret takes 56 bytes.
 
 use std::{
     borrow::Cow,
@@ -32,27 +32,27 @@ use crate::{
 
 use super::connection::{SqliteFailure, connect_reader, run_blocking};
 
-/// How many rows are handed over at once.
+/// The number of rows in a batch for another thread.
 const BATCH_ROWS: usize = 256;
-/// How many batches may wait.
+/// The maximum number of batches in the channel.
 const MAX_WAITING_BATCHES: usize = 4;
-/// Where the second half of the digests begins.
+/// The first digest of the second half.
 const MIDDLE_DIGEST: [u8; 32] = {
     let mut middle = [0; 32];
     middle[0] = 0x80;
     middle
 };
 
-/// A read transaction on two connections, which see the same if nobody writes while it begins.
+/// Read transactions on two connections, which see the same state if nothing is written while they begin.
 pub(super) struct SnapshotReader([Connection; 2]);
 
 impl SnapshotReader {
-    /// A transaction that sees what is committed now.
+    /// Begins the transactions, which see what is committed now.
     pub(super) async fn begin(path: PathBuf) -> Result<SnapshotReader, StoreError> {
         run_blocking(move || Ok(SnapshotReader([begin_read(&path)?, begin_read(&path)?]))).await
     }
 
-    /// Gives every key that was not revoked before `forget_before` to `loader`, in two parts.
+    /// Passes every key that was not revoked before `forget_before` to `loader`, in two parts.
     pub(super) async fn load_keys(
         self,
         forget_before: Timestamp,
@@ -64,7 +64,7 @@ impl SnapshotReader {
             run_blocking(move || read_half_of_secrets(&other, "digest >= ?1").map(|half| (other, half))),
         )?;
         loader.reserve_secrets(first.len() + second.len());
-        // Digests are by chance: the keys of those in a half are spread like all keys.
+        // Digests are random: the keys of one half are spread like all keys.
         let middle = first.middle_id().unwrap_or_default().to_be_bytes();
         let secrets = Arc::new([first, second]);
         let same = secrets.clone();
@@ -86,12 +86,12 @@ impl SnapshotReader {
 
 fn begin_read(path: &Path) -> Result<Connection, SqliteFailure> {
     let connection = connect_reader(path)?;
-    // It begins with its first read.
+    // A transaction begins with its first read.
     connection.execute_batch("BEGIN; SELECT head FROM meta")?;
     Ok(connection)
 }
 
-/// Gives each entry of the log after a revision to `take`, in order.
+/// Passes each entry of the log after a revision to `take`, in order.
 pub(super) async fn stream_log(
     path: PathBuf,
     after: Revision,
@@ -112,10 +112,10 @@ pub(super) async fn stream_log(
         batch.flush();
         Ok(())
     });
-    // The channel ends with the one who takes.
+    // The channel closes when this future ends.
     let taking = async move {
         while let Some(batch) = batches.recv().await {
-            // Whoever finds a fault wants no more, and the reader ends.
+            // An error drops the receiver, which ends the reader.
             batch.into_iter().try_for_each(&mut *take)?;
         }
         Ok(())
@@ -124,7 +124,7 @@ pub(super) async fn stream_log(
     taken.and(read)
 }
 
-/// Rows on their way to another thread.
+/// Collects rows into batches for another thread.
 struct BatchSender<'s, T> {
     rows: Vec<T>,
     sender: &'s mpsc::Sender<Vec<T>>,
@@ -135,7 +135,7 @@ impl<'s, T> BatchSender<'s, T> {
         BatchSender { rows: Vec::with_capacity(BATCH_ROWS), sender }
     }
 
-    /// Whether anybody waits for more.
+    /// Adds a row. Returns whether the receiver still exists.
     fn push(&mut self, row: T) -> bool {
         self.rows.push(row);
         if self.rows.len() < BATCH_ROWS {
@@ -150,7 +150,7 @@ impl<'s, T> BatchSender<'s, T> {
     }
 }
 
-/// Half of the secrets, in the order of their keys.
+/// Reads half of the secrets, sorted by key.
 fn read_half_of_secrets(connection: &Connection, which: &str) -> Result<SecretBuffer, SqliteFailure> {
     let mut statement =
         connection.prepare(&format!("SELECT {SECRET_ROW_COLUMNS} FROM secrets WHERE {which}"))?;
@@ -163,7 +163,7 @@ fn read_half_of_secrets(connection: &Connection, which: &str) -> Result<SecretBu
     Ok(secrets)
 }
 
-/// Gives the keys on one side of `middle_id` to `begin_part`.
+/// Passes the keys on one side of `middle` to `part`.
 fn read_half_of_keys(
     connection: &Connection,
     which: &str,
@@ -177,10 +177,10 @@ fn read_half_of_keys(
     );
     let mut statement = connection.prepare(&sql)?;
     let mut rows = statement.query(rusqlite::params![forget_before.as_micros(), middle])?;
-    let mut alike = KeyParseCache::default();
-    let mut claims = SecretJoin::new(secrets, forget_before, &mut alike);
+    let mut parse_cache = KeyParseCache::default();
+    let mut join = SecretJoin::new(secrets, forget_before, &mut parse_cache);
     while let Some(row) = rows.next()? {
-        claims.join_key(row, &mut *part)?;
+        join.join_key(row, &mut *part)?;
     }
     part.finish();
     Ok(())

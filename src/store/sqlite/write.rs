@@ -1,5 +1,7 @@
-//! What goes into the tables: the rows of a decided run, and what Checks have left. A statement writes one row: it is
-//! prepared once, and its values need no copy but SQLite's own. `BEGIN` and `COMMIT` are the caller's.
+//! Writes the tables: the rows of a decided run, and usage.
+//!
+//! A statement writes one row: it is prepared once, and only SQLite copies its values. The caller runs `BEGIN` and
+//! `COMMIT`.
 
 use std::collections::BTreeMap;
 
@@ -57,21 +59,21 @@ const PUT_SECRET_USE: &str = "INSERT INTO uses VALUES (?, ?, ?) \
      ON CONFLICT (key_id, version) DO UPDATE SET at = max(at, excluded.at)";
 const ADD_USAGE_COUNT: &str = "INSERT INTO usage VALUES (?, ?, ?, ?) \
      ON CONFLICT (key_id, hour, reason) DO UPDATE SET count = count + excluded.count";
-/// A later period starts afresh, and one that is over is dropped.
+/// A later period starts at zero, and a past one is dropped.
 const ADD_QUOTA_UNITS: &str = "INSERT INTO quotas SELECT ?1, ?2, ?3 \
      WHERE NOT EXISTS (SELECT 1 FROM quotas known WHERE known.key_id = ?1 AND known.period >= ?4) \
      ON CONFLICT (key_id) DO UPDATE SET period = excluded.period, \
      used = excluded.used + iif(quotas.period = excluded.period, quotas.used, 0)";
 const SELECT_QUOTA_USAGE: &str = "SELECT key_id, period, used FROM quotas WHERE key_id = ?1";
 
-/// Writes what of the batch can be written.
+/// Writes the accepted writes of a batch.
 pub(super) fn write_batch(connection: &Connection, batch: &[WriteRequest]) -> SqliteResult<CommittedBatch> {
     let mut head = read_head(connection)?;
     let mut committed = CommittedBatch::default();
     for run in write_plan::split_into_runs(batch) {
-        let facts = pre_state::read_pre_state(connection, &PreStateQuery::from_writes(run))?;
+        let state = pre_state::read_pre_state(connection, &PreStateQuery::from_writes(run))?;
         let plan =
-            write_plan::plan_run(run, facts, head).map_err(|error| StoreError::Unavailable(error.into()))?;
+            write_plan::plan_run(run, state, head).map_err(|error| StoreError::Unavailable(error.into()))?;
         write_run(connection, &plan)?;
         head = plan.head;
         committed.outcomes.extend(plan.committed.outcomes);
@@ -90,7 +92,7 @@ fn read_head(connection: &Connection) -> SqliteResult<LogHead> {
     Ok(statement.query_row([], |row| Ok(decode_head(row)))??)
 }
 
-/// Brings the tables to what a run was decided to be.
+/// Writes the rows of a run.
 fn write_run(connection: &Connection, plan: &WritePlan<'_>) -> SqliteResult<()> {
     let (mut accounts, mut roles, mut members, mut keys) = (vec![], vec![], vec![], vec![]);
     for (_, change) in &plan.committed.entries {
@@ -106,7 +108,7 @@ fn write_run(connection: &Connection, plan: &WritePlan<'_>) -> SqliteResult<()> 
     execute_each(connection, PUT_ACCOUNT, accounts, put_account)?;
     execute_each(connection, PUT_ROLE, roles, put_role)?;
     execute_each(connection, PUT_MEMBER, members, put_member)?;
-    // In the order of their revisions: a name that one lets go is free for those after it.
+    // In the order of their revisions: a later key may take a name that an earlier one gives up.
     execute_each(connection, PUT_KEY, keys, |put, key| put_key(put, &KeyRow::from_key(key)))?;
     put_secrets(connection, &plan.secrets)?;
     execute_each(connection, APPEND_LOG_ENTRY, &plan.committed.entries, |append, (row, _)| {
@@ -206,9 +208,9 @@ fn append_log_entry(append: &mut CachedStatement<'_>, row: &LogEntry) -> Execute
     ])
 }
 
-/// Brings the secrets' rows to where the records say; only a record's newest can be new.
+/// Writes the secrets of the plan. Only the newest secret of a record can be new.
 fn put_secrets(connection: &Connection, rows: &[(KeyId, KeySecret)]) -> SqliteResult<()> {
-    // A digest that is another secret's was found out before: here nothing may be left out.
+    // A duplicate digest was rejected before, so no row may be skipped here.
     match execute_each(connection, PUT_SECRET, rows, put_secret)? {
         written if written == rows.len() => Ok(()),
         written => {
@@ -219,23 +221,23 @@ fn put_secrets(connection: &Connection, rows: &[(KeyId, KeySecret)]) -> SqliteRe
 }
 
 fn delete_role(connection: &Connection, role: &Role) -> SqliteResult<()> {
-    let place = [role_account_column(role.account.as_ref()), role.name.as_str()];
-    connection.execute("DELETE FROM roles WHERE account = ?1 AND name = ?2", place)?;
+    let id = [role_account_column(role.account.as_ref()), role.name.as_str()];
+    connection.execute("DELETE FROM roles WHERE account = ?1 AND name = ?2", id)?;
     Ok(())
 }
 
 fn remove_member(connection: &Connection, member: &AccountMember) -> SqliteResult<()> {
-    let place = [member.account.as_str(), member.user.as_str()];
-    connection.execute("DELETE FROM members WHERE account = ?1 AND user_id = ?2", place)?;
+    let id = [member.account.as_str(), member.user.as_str()];
+    connection.execute("DELETE FROM members WHERE account = ?1 AND user_id = ?2", id)?;
     Ok(())
 }
 
-/// Keeps the idempotency keys. Each insert takes away a few that no longer count, so the table stays small without
-/// a sweeper.
+/// Stores the idempotency keys. Each insert also deletes a few expired ones, so the table stays small without a cleanup
+/// task.
 fn store_idempotency_keys(connection: &Connection, plan: &WritePlan<'_>) -> SqliteResult<()> {
     let Some(oldest) = plan.requests.iter().map(|(_, _, at)| *at).min() else { return Ok(()) };
-    execute_each(connection, PUT_IDEMPOTENCY_KEY, &plan.requests, |remember, (request, key_id, at)| {
-        remember.execute(params![
+    execute_each(connection, PUT_IDEMPOTENCY_KEY, &plan.requests, |statement, (request, key_id, at)| {
+        statement.execute(params![
             request.caller.as_bytes(),
             request.key.as_str(),
             request.fingerprint,
@@ -245,27 +247,29 @@ fn store_idempotency_keys(connection: &Connection, plan: &WritePlan<'_>) -> Sqli
     })?;
     let sql = "DELETE FROM idempotency WHERE (caller, key) IN (SELECT caller, key FROM idempotency \
                WHERE created_at < ?1 ORDER BY created_at LIMIT ?2)";
-    let most = 4 * i64::try_from(plan.requests.len()).unwrap_or(i64::MAX / 4);
-    connection.prepare_cached(sql)?.execute([oldest.saturating_sub(IDEMPOTENCY_WINDOW).as_micros(), most])?;
+    let limit = 4 * i64::try_from(plan.requests.len()).unwrap_or(i64::MAX / 4);
+    connection
+        .prepare_cached(sql)?
+        .execute([oldest.saturating_sub(IDEMPOTENCY_WINDOW).as_micros(), limit])?;
     Ok(())
 }
 
-/// Writes what Checks have left. Gives what is spent now of the quotas that were drawn from.
+/// Writes usage. Returns the present usage of the quotas in the batch.
 pub(super) fn write_usage(
     connection: &Connection,
     batch: &UsageBatch,
 ) -> SqliteResult<Vec<(KeyId, QuotaUsage)>> {
-    execute_each(connection, PUT_SECRET_USE, &batch.secret_uses, |note, used| {
-        note.execute(params![used.key_id.as_bytes(), used.version, used.at.as_micros()])
+    execute_each(connection, PUT_SECRET_USE, &batch.secret_uses, |statement, used| {
+        statement.execute(params![used.key_id.as_bytes(), used.version, used.at.as_micros()])
     })?;
-    execute_each(connection, ADD_USAGE_COUNT, &batch.counts, |add, count| {
+    execute_each(connection, ADD_USAGE_COUNT, &batch.counts, |statement, count| {
         let (reason, number) = (count.reason as u8, i64::try_from(count.count).unwrap_or(i64::MAX));
-        add.execute(params![count.key_id.as_bytes(), count.hour.0, reason, number])
+        statement.execute(params![count.key_id.as_bytes(), count.hour.0, reason, number])
     })?;
     add_quota_units(connection, &batch.quota_units)
 }
 
-/// Adds units to quotas.
+/// Adds units to quotas, once per key. Returns their present usage.
 fn add_quota_units(
     connection: &Connection,
     spent: &[(KeyId, PendingQuotaUnits)],
@@ -274,8 +278,8 @@ fn add_quota_units(
     for (id, drawn) in spent {
         by_key.entry(*id).and_modify(|known| *known = known.merge(*drawn)).or_insert(*drawn);
     }
-    execute_each(connection, ADD_QUOTA_UNITS, &by_key, |draw, (key_id, drawn)| {
-        draw.execute(params![
+    execute_each(connection, ADD_QUOTA_UNITS, &by_key, |statement, (key_id, drawn)| {
+        statement.execute(params![
             key_id.as_bytes(),
             drawn.period_start.as_micros(),
             i64::try_from(drawn.units).unwrap_or(i64::MAX),

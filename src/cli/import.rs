@@ -40,7 +40,7 @@ use self::{
     row::RowDefaultArgs,
     send::{RetryState, send_batch},
     source::{ImportBatch, ImportFormat, ReadOptions, RowSource, parse_encoding},
-    summary::{ImportSummary, RowProblems, format_row_count},
+    summary::{ImportSummary, RowProblems},
     text_reader::TextReader,
 };
 use super::{
@@ -48,7 +48,7 @@ use super::{
     console,
     context::CommandContext,
     error::{CliError, EXIT_REFUSED},
-    value_format::shown_path,
+    value_format::{format_row_count, shown_path},
 };
 use crate::{
     clock::{Clock as _, SystemClock},

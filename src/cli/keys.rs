@@ -1,18 +1,18 @@
 //! `keyward call_keys`: the life of a key, from create to revoke.
 
+mod args;
 mod bulk_revoke;
 mod create;
 mod list;
-mod policy_args;
 mod state_change;
 mod update;
 mod usage;
 
 use clap::{Args, Subcommand};
 
+use self::args::{KeyIdArgs, describe_key_or_empty};
 use super::{
     api_client::DefaultTimeout, check::SubjectTokenArgs, context::CommandContext, error::CliError, import,
-    table::DetailTable, text_output,
 };
 use crate::pb;
 
@@ -45,14 +45,6 @@ pub(super) enum KeysCommand {
     Usage(usage::KeyUsageArgs),
     /// Show the key that a token belongs to
     Lookup(KeyLookupArgs),
-}
-
-/// Which key.
-#[derive(Debug, Args)]
-pub(super) struct KeyIdArgs {
-    /// The key's id
-    #[arg(value_name = "ID")]
-    id: String,
 }
 
 /// Flags of `keyward call_keys lookup_key`.
@@ -104,8 +96,4 @@ async fn lookup_key(cx: &mut CommandContext<'_>, subject: &SubjectTokenArgs) -> 
             .render(colours)
     })?;
     Ok(0)
-}
-
-fn describe_key_or_empty(key: Option<&pb::Key>) -> DetailTable {
-    key.map_or_else(DetailTable::new, text_output::describe_key)
 }

@@ -221,9 +221,9 @@ pub fn main() -> ExitCode {
         CliCommand::Migrate(args) => maintenance::migrate(&args),
         CliCommand::Backup(args) => maintenance::backup(&args),
         CliCommand::AcceptLostWal(args) => maintenance::accept_lost_wal(&args),
-        CliCommand::Completions(args) => {
-            run_and_report(&mut Console::with_stdio(), |console| completions::run(args, console))
-        }
+        CliCommand::Completions(args) => run_and_report(&mut Console::with_stdio(), |console| {
+            completions::run(args, Cli::command(), console)
+        }),
         CliCommand::Descriptors => run_and_report(&mut Console::with_stdio(), descriptors::run),
         CliCommand::Config(args) => {
             run_and_report(&mut Console::with_stdio(), |console| config::run(args, cli.client, console))

@@ -1,9 +1,11 @@
 //! `keyward roles`: named sets of scopes, of one account or global.
 
 mod apply;
+mod calls;
 
 use clap::{Args, Subcommand};
 
+use self::calls::{fetch_all_roles, format_role_owner, put_role};
 use super::{
     api_client::{ApiClient, DefaultTimeout},
     context::CommandContext,
@@ -94,35 +96,6 @@ async fn put_and_show_role(
     })
 }
 
-async fn put_role(
-    session: &ApiClient,
-    question: pb::PutRoleRequest,
-) -> Result<pb::PutRoleResponse, CliError> {
-    session
-        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
-            client.put_role(request).await
-        })
-        .await
-}
-
-/// All roles of an account, page by page.
-async fn fetch_all_roles(session: &ApiClient, account: String) -> Result<pb::ListRolesResponse, CliError> {
-    let mut all = pb::ListRolesResponse::default();
-    let mut question = pb::ListRolesRequest { account, ..Default::default() };
-    loop {
-        let page = session
-            .call_accounts(DefaultTimeout::Quick, question.clone(), async |mut client, request| {
-                client.list_roles(request).await
-            })
-            .await?;
-        all.roles.extend(page.roles);
-        if page.next_page_token.is_empty() {
-            return Ok(all);
-        }
-        question.page_token = page.next_page_token;
-    }
-}
-
 async fn list_and_show_roles(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
@@ -146,11 +119,6 @@ async fn delete_role(
     cx.print_response(&answer, |_| {
         text_output::format_propagation(answer.revision, answer.propagation.as_ref())
     })
-}
-
-/// Where a role holds, for people.
-fn format_role_owner(account: &str) -> String {
-    if account.is_empty() { "global".to_owned() } else { account.to_owned() }
 }
 
 fn describe_role(role: &pb::Role) -> DetailTable {

@@ -215,6 +215,11 @@ pub(super) fn format_enum_name(name: &str, prefix: &str) -> String {
     name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase().replace('_', "-")
 }
 
+/// A number of rows with its noun: "1 row", "2 rows".
+pub(super) fn format_row_count(count: u64) -> String {
+    format!("{count} row{}", if count == 1 { "" } else { "s" })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -308,5 +313,10 @@ mod tests {
             let _ = format_rfc3339(&Timestamp { seconds, nanos });
             let _ = format_proto_duration(&prost_types::Duration { seconds, nanos });
         }
+    }
+
+    #[test]
+    fn one_row_is_not_rows() {
+        assert_eq!([0, 1, 2].map(format_row_count), ["0 rows", "1 row", "2 rows"]);
     }
 }

@@ -18,11 +18,13 @@ use super::{
     header::CsvHeader,
     send::{BatchResult, RejectedRow},
     source::RowDialect,
-    summary::format_row_count,
     text_reader::FilePosition,
 };
 use crate::{
-    cli::{error::CliError, value_format::shown_path},
+    cli::{
+        error::CliError,
+        value_format::{format_row_count, shown_path},
+    },
     domain::token::HexBytes,
     private_file::{self, append_suffix},
 };

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use serde::{Serialize, Serializer};
 
 use super::{checkpoint::ImportCheckpoint, send::RejectedRow};
-use crate::cli::{json_output::ToJson, table::DetailTable};
+use crate::cli::{json_output::ToJson, table::DetailTable, value_format::format_row_count};
 
 /// How many different problems are kept, and how many of them people see.
 const MAX_PROBLEMS: usize = 100;
@@ -70,11 +70,6 @@ impl RowProblems {
     }
 }
 
-/// A number of rows.
-pub(super) fn format_row_count(count: u64) -> String {
-    format!("{count} row{}", if count == 1 { "" } else { "s" })
-}
-
 impl ToJson for ImportSummary {
     fn serialize_json<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.serialize(serializer)
@@ -122,7 +117,7 @@ impl ImportSummary {
             .field("rejected", rejected);
         for RowProblem { error, message, rows, first_line } in self.problems.iter().take(MAX_SHOWN_PROBLEMS) {
             let first = if *rows == 1 { "" } else { ", the first" };
-            let count = self::format_row_count(*rows);
+            let count = format_row_count(*rows);
             record = record.field("", format!("{count}{first} on line {first_line}: {message} ({error})"));
         }
         if self.problems.len() > MAX_SHOWN_PROBLEMS {
@@ -158,11 +153,6 @@ mod tests {
         let told = problems.most_frequent_first();
         let told: Vec<_> = told.iter().map(|p| (p.message.as_str(), p.rows, p.first_line)).collect();
         assert_eq!(told, [("frequent", 1000, 3), ("rare", 1, 2)]);
-    }
-
-    #[test]
-    fn one_row_is_not_rows() {
-        assert_eq!([0, 1, 2].map(format_row_count), ["0 rows", "1 row", "2 rows"]);
     }
 
     #[test]

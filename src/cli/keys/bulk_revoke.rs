@@ -5,7 +5,7 @@ use std::fmt;
 use clap::Args;
 use comfy_table::Color;
 
-use super::state_change::RevokeReasonArg;
+use super::args::RevokeReasonArg;
 use crate::{
     cli::{
         api_client::{ApiClient, DefaultTimeout},

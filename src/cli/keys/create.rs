@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::policy_args::KeyPolicyArgs;
+use super::args::KeyPolicyArgs;
 use crate::{
     cli::{
         api_client::DefaultTimeout,

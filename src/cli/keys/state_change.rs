@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
-use super::{KeyIdArgs, describe_key_or_empty};
+use super::args::{KeyIdArgs, RevokeReasonArg, describe_key_or_empty};
 use crate::{
     cli::{
         api_client::DefaultTimeout,
@@ -125,30 +125,6 @@ impl KeyRotateArgs {
             })
             .await?;
         delivery.deliver(cx, answer)
-    }
-}
-
-/// Why a key is revoked.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(super) enum RevokeReasonArg {
-    /// The token is known to somebody who should not know it
-    Compromised,
-    /// Another key has taken its place
-    Superseded,
-    /// Whatever used it is gone
-    NoLongerNeeded,
-    /// The person or team behind it has left
-    OwnerLeft,
-}
-
-impl From<RevokeReasonArg> for pb::RevokeReason {
-    fn from(why: RevokeReasonArg) -> pb::RevokeReason {
-        match why {
-            RevokeReasonArg::Compromised => pb::RevokeReason::Compromised,
-            RevokeReasonArg::Superseded => pb::RevokeReason::Superseded,
-            RevokeReasonArg::NoLongerNeeded => pb::RevokeReason::NoLongerNeeded,
-            RevokeReasonArg::OwnerLeft => pb::RevokeReason::OwnerLeft,
-        }
     }
 }
 

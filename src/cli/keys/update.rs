@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use super::{KeyIdArgs, policy_args::KeyPolicyArgs, state_change};
+use super::{
+    args::{KeyIdArgs, KeyPolicyArgs},
+    state_change,
+};
 use crate::{
     cli::{
         api_client::{ApiClient, DefaultTimeout},

@@ -34,7 +34,7 @@ const MIN_COLLAPSED_STEPS: i64 = 4;
 Example: keyward keys usage 0197c0de-0000-7000-8000-000000000000 --from 14d --step 1d")]
 pub(in crate::cli) struct KeyUsageArgs {
     #[command(flatten)]
-    key: super::KeyIdArgs,
+    key: super::args::KeyIdArgs,
     /// From the step that holds this instant: a duration ago (12h) or an instant (RFC 3339) [default: 24 steps
     /// of less than a day, or 30 days]
     #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]

@@ -10,7 +10,7 @@ use clap::Args;
 use comfy_table::Color;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::{fetch_all_roles, format_role_owner, put_role};
+use super::calls::{fetch_all_roles, format_role_owner, put_role};
 use crate::{
     cli::{
         api_client::ApiClient,

@@ -1,11 +1,23 @@
 //! The flags that `keys create` and `keys update` share: what a key is called, may do and is limited to.
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::{
-    cli::value_format::{ExpiryArg, parse_name_value, parse_quota, parse_rate_limit},
+    cli::{
+        table::DetailTable,
+        text_output,
+        value_format::{ExpiryArg, parse_name_value, parse_quota, parse_rate_limit},
+    },
     pb,
 };
+
+/// Which key.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct KeyIdArgs {
+    /// The key's id
+    #[arg(value_name = "ID")]
+    pub(super) id: String,
+}
 
 /// What a key is called, may do and is limited to.
 #[derive(Debug, Default, Args)]
@@ -38,4 +50,32 @@ pub(super) struct KeyPolicyArgs {
     /// Note to keep with the key, such as team=billing (repeatable)
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_name_value)]
     pub(super) metadata: Vec<(String, String)>,
+}
+
+/// Why a key is revoked.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum RevokeReasonArg {
+    /// The token is known to somebody who should not know it
+    Compromised,
+    /// Another key has taken its place
+    Superseded,
+    /// Whatever used it is gone
+    NoLongerNeeded,
+    /// The person or team behind it has left
+    OwnerLeft,
+}
+
+impl From<RevokeReasonArg> for pb::RevokeReason {
+    fn from(why: RevokeReasonArg) -> pb::RevokeReason {
+        match why {
+            RevokeReasonArg::Compromised => pb::RevokeReason::Compromised,
+            RevokeReasonArg::Superseded => pb::RevokeReason::Superseded,
+            RevokeReasonArg::NoLongerNeeded => pb::RevokeReason::NoLongerNeeded,
+            RevokeReasonArg::OwnerLeft => pb::RevokeReason::OwnerLeft,
+        }
+    }
+}
+
+pub(super) fn describe_key_or_empty(key: Option<&pb::Key>) -> DetailTable {
+    key.map_or_else(DetailTable::new, text_output::describe_key)
 }

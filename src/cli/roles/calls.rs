@@ -1,0 +1,46 @@
+//! Calls of the server and formats that several `roles` commands share.
+
+use crate::{
+    cli::{
+        api_client::{ApiClient, DefaultTimeout},
+        error::CliError,
+    },
+    pb,
+};
+
+pub(super) async fn put_role(
+    session: &ApiClient,
+    question: pb::PutRoleRequest,
+) -> Result<pb::PutRoleResponse, CliError> {
+    session
+        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
+            client.put_role(request).await
+        })
+        .await
+}
+
+/// All roles of an account, page by page.
+pub(super) async fn fetch_all_roles(
+    session: &ApiClient,
+    account: String,
+) -> Result<pb::ListRolesResponse, CliError> {
+    let mut all = pb::ListRolesResponse::default();
+    let mut question = pb::ListRolesRequest { account, ..Default::default() };
+    loop {
+        let page = session
+            .call_accounts(DefaultTimeout::Quick, question.clone(), async |mut client, request| {
+                client.list_roles(request).await
+            })
+            .await?;
+        all.roles.extend(page.roles);
+        if page.next_page_token.is_empty() {
+            return Ok(all);
+        }
+        question.page_token = page.next_page_token;
+    }
+}
+
+/// Where a role holds, for people.
+pub(super) fn format_role_owner(account: &str) -> String {
+    if account.is_empty() { "global".to_owned() } else { account.to_owned() }
+}

@@ -1,4 +1,4 @@
-//! `keyward call_accounts`: the organisations that own keys.
+//! `keyward accounts`: the organisations that own keys.
 
 use clap::{Args, Subcommand};
 
@@ -13,7 +13,7 @@ use super::{
 };
 use crate::pb;
 
-/// `keyward call_accounts ...`.
+/// `keyward accounts ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum AccountsCommand {
     /// Create an account
@@ -83,12 +83,12 @@ impl AccountsCommand {
         let session = cx.connect()?;
         match self {
             AccountsCommand::Create { id, name, longest_life } => {
-                let question = pb::CreateAccountRequest {
+                let request = pb::CreateAccountRequest {
                     id: id.unwrap_or_default(),
                     name: name.unwrap_or_default(),
                     longest_life: longest_life.and_then(LifetimeArg::to_proto_limit),
                 };
-                create_account(cx, &session, question).await
+                create_account(cx, &session, request).await
             }
             AccountsCommand::Get(one) => get_account(cx, &session, one.id).await,
             AccountsCommand::List { page } => list_accounts(cx, &session, &page).await,
@@ -116,22 +116,22 @@ impl AccountChangeArgs {
 async fn create_account(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
-    question: pb::CreateAccountRequest,
+    request: pb::CreateAccountRequest,
 ) -> Result<(), CliError> {
-    let answer = session
-        .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+    let response = session
+        .call_accounts(DefaultTimeout::Quick, request, async |mut client, request| {
             client.create(request).await
         })
         .await?;
-    cx.print_response(&answer, |colours| render_account(answer.account.as_ref(), colours))
+    cx.print_response(&response, |colors| render_account(response.account.as_ref(), colors))
 }
 
 async fn get_account(cx: &mut CommandContext<'_>, session: &ApiClient, id: String) -> Result<(), CliError> {
-    let question = pb::GetAccountRequest { id };
-    let answer = session
-        .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| client.get(request).await)
+    let request = pb::GetAccountRequest { id };
+    let response = session
+        .call_accounts(DefaultTimeout::Quick, request, async |mut client, request| client.get(request).await)
         .await?;
-    cx.print_response(&answer, |colours| render_account(answer.account.as_ref(), colours))
+    cx.print_response(&response, |colors| render_account(response.account.as_ref(), colors))
 }
 
 async fn list_accounts(
@@ -141,19 +141,19 @@ async fn list_accounts(
 ) -> Result<(), CliError> {
     let fetched = page
         .fetch_pages(async |size, page_token| {
-            let question = pb::ListAccountsRequest { page_size: Some(size), page_token };
-            let answer = session
-                .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+            let request = pb::ListAccountsRequest { page_size: Some(size), page_token };
+            let response = session
+                .call_accounts(DefaultTimeout::Quick, request, async |mut client, request| {
                     client.list(request).await
                 })
                 .await?;
-            Ok((answer.accounts, answer.next_page_token))
+            Ok((response.accounts, response.next_page_token))
         })
         .await?;
     let note = fetched.truncation_note();
-    let answer =
+    let response =
         pb::ListAccountsResponse { accounts: fetched.items, next_page_token: fetched.next_page_token };
-    cx.print_response(&answer, |colours| render_accounts(&answer.accounts, colours))?;
+    cx.print_response(&response, |colors| render_accounts(&response.accounts, colors))?;
     cx.console.eprint(&note.unwrap_or_default());
     Ok(())
 }
@@ -161,14 +161,14 @@ async fn list_accounts(
 async fn update_account(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
-    question: pb::UpdateAccountRequest,
+    request: pb::UpdateAccountRequest,
 ) -> Result<(), CliError> {
-    let answer = session
-        .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+    let response = session
+        .call_accounts(DefaultTimeout::Quick, request, async |mut client, request| {
             client.update(request).await
         })
         .await?;
-    cx.print_response(&answer, |colours| render_account(answer.account.as_ref(), colours))
+    cx.print_response(&response, |colors| render_account(response.account.as_ref(), colors))
 }
 
 async fn suspend_account(
@@ -176,16 +176,16 @@ async fn suspend_account(
     session: &ApiClient,
     id: String,
 ) -> Result<(), CliError> {
-    let question = pb::SuspendAccountRequest { id };
-    let answer = session
-        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
+    let request = pb::SuspendAccountRequest { id };
+    let response = session
+        .call_accounts(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.suspend(request).await
         })
         .await?;
-    cx.print_response(&answer, |colours| {
-        render_account(answer.account.as_ref(), colours)
+    cx.print_response(&response, |colors| {
+        render_account(response.account.as_ref(), colors)
             + "\n"
-            + &text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+            + &text_output::format_propagation(response.revision, response.propagation.as_ref())
     })
 }
 
@@ -194,21 +194,21 @@ async fn resume_account(
     session: &ApiClient,
     id: String,
 ) -> Result<(), CliError> {
-    let question = pb::ResumeAccountRequest { id };
-    let answer = session
-        .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+    let request = pb::ResumeAccountRequest { id };
+    let response = session
+        .call_accounts(DefaultTimeout::Quick, request, async |mut client, request| {
             client.resume(request).await
         })
         .await?;
-    cx.print_response(&answer, |colours| render_account(answer.account.as_ref(), colours))
+    cx.print_response(&response, |colors| render_account(response.account.as_ref(), colors))
 }
 
-fn render_account(account: Option<&pb::Account>, colours: bool) -> String {
-    account.map(|account| text_output::describe_account(account).render(colours)).unwrap_or_default()
+fn render_account(account: Option<&pb::Account>, colors: bool) -> String {
+    account.map(|account| text_output::describe_account(account).render(colors)).unwrap_or_default()
 }
 
-fn render_accounts(accounts: &[pb::Account], colours: bool) -> String {
-    let mut rows = ListTable::new(&["ID", "NAME", "STATE", "LONGEST LIFE", "CREATED"], colours);
+fn render_accounts(accounts: &[pb::Account], colors: bool) -> String {
+    let mut rows = ListTable::new(&["ID", "NAME", "STATE", "LONGEST LIFE", "CREATED"], colors);
     for account in accounts {
         rows.add_row([
             plain_cell(&account.id),

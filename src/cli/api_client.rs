@@ -120,57 +120,57 @@ impl ApiClient {
     /// Asks KeyService.
     pub(super) async fn call_keys<Q, A>(
         &self,
-        patience: DefaultTimeout,
-        question: Q,
+        timeout: DefaultTimeout,
+        request: Q,
         call: impl AsyncFnOnce(KeyServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, CliError> {
         let client =
             KeyServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_RESPONSE_BYTES);
-        self.call(patience, question, async |request| call(client, request).await).await
+        self.call(timeout, request, async |request| call(client, request).await).await
     }
 
     /// Asks AccountService.
     pub(super) async fn call_accounts<Q, A>(
         &self,
-        patience: DefaultTimeout,
-        question: Q,
+        timeout: DefaultTimeout,
+        request: Q,
         call: impl AsyncFnOnce(AccountServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, CliError> {
         let client =
             AccountServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_RESPONSE_BYTES);
-        self.call(patience, question, async |request| call(client, request).await).await
+        self.call(timeout, request, async |request| call(client, request).await).await
     }
 
     /// Asks AuthzService.
     pub(super) async fn call_authz<Q, A>(
         &self,
-        question: Q,
+        request: Q,
         call: impl AsyncFnOnce(AuthzServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, CliError> {
         let client = AuthzServiceClient::new(self.channel.clone());
-        self.call(DefaultTimeout::Quick, question, async |request| call(client, request).await).await
+        self.call(DefaultTimeout::Quick, request, async |request| call(client, request).await).await
     }
 
     /// Asks AuditService.
     pub(super) async fn call_audit<Q, A>(
         &self,
-        patience: DefaultTimeout,
-        question: Q,
+        timeout: DefaultTimeout,
+        request: Q,
         call: impl AsyncFnOnce(AuditServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, CliError> {
         let client =
             AuditServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_RESPONSE_BYTES);
-        self.call(patience, question, async |request| call(client, request).await).await
+        self.call(timeout, request, async |request| call(client, request).await).await
     }
 
     async fn call<Q, A>(
         &self,
-        patience: DefaultTimeout,
-        question: Q,
+        timeout: DefaultTimeout,
+        request: Q,
         call: impl AsyncFnOnce(Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, CliError> {
-        let limit = self.timeout.unwrap_or(patience.duration());
-        let mut request = Request::new(question);
+        let limit = self.timeout.unwrap_or(timeout.duration());
+        let mut request = Request::new(request);
         if let Some(bearer) = &self.authorization {
             request.metadata_mut().insert("authorization", bearer.clone());
         }
@@ -181,9 +181,9 @@ impl ApiClient {
         }
         // Tells the server how long there is; the transport gives up then too.
         request.set_timeout(limit);
-        let answer = tokio::time::timeout(limit + TIMEOUT_GRACE, call(request));
-        match if self.hides_spinner { answer.await } else { console::with_spinner(answer).await } {
-            Ok(Ok(answer)) => Ok(answer.into_inner()),
+        let response = tokio::time::timeout(limit + TIMEOUT_GRACE, call(request));
+        match if self.hides_spinner { response.await } else { console::with_spinner(response).await } {
+            Ok(Ok(response)) => Ok(response.into_inner()),
             // What the transport makes of its own time limit.
             Ok(Err(status)) if status.code() == tonic::Code::Cancelled => {
                 Err(CliError::from_timeout(limit).with_request_id(&id))
@@ -278,12 +278,12 @@ mod tests {
     async fn whoami(server: &str) -> CliError {
         let folder = tempfile::tempdir().unwrap();
         let session = ApiClient::from_settings(&settings(server, Some(&token_file(&folder)))).unwrap();
-        let answer = session
+        let response = session
             .call_keys(DefaultTimeout::Quick, pb::WhoAmIRequest {}, async |mut client, request| {
                 client.who_am_i(request).await
             })
             .await;
-        answer.unwrap_err()
+        response.unwrap_err()
     }
 
     #[tokio::test]

@@ -1,4 +1,4 @@
-//! `keyward call_audit`: reading the log of every change, verifying it, and taking copies of it.
+//! `keyward audit`: reading the log of every change, verifying it, and taking copies of it.
 
 pub(super) mod archive;
 mod export;
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{clock::SystemClock, pb};
 
-/// `keyward call_audit ...`.
+/// `keyward audit ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum AuditCommand {
     /// List changes
@@ -41,7 +41,7 @@ impl AuditCommand {
     }
 }
 
-/// Flags of `keyward call_audit list`.
+/// Flags of `keyward audit list`.
 #[derive(Debug, Args)]
 pub(super) struct AuditListArgs {
     /// Only changes in this account
@@ -75,7 +75,7 @@ pub(super) struct AuditListArgs {
 impl AuditListArgs {
     async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         let session = cx.connect()?;
-        let question = pb::ListAuditEntriesRequest {
+        let request = pb::ListAuditEntriesRequest {
             account: self.account.unwrap_or_default(),
             key_id: self.key.unwrap_or_default(),
             actor: self.actor.unwrap_or_default(),
@@ -89,29 +89,29 @@ impl AuditListArgs {
         let fetched = self
             .page
             .fetch_pages(async |size, page_token| {
-                let question =
-                    pb::ListAuditEntriesRequest { page_size: Some(size), page_token, ..question.clone() };
-                let answer = session
-                    .call_audit(DefaultTimeout::Quick, question, async |mut client, request| {
+                let request =
+                    pb::ListAuditEntriesRequest { page_size: Some(size), page_token, ..request.clone() };
+                let response = session
+                    .call_audit(DefaultTimeout::Quick, request, async |mut client, request| {
                         client.list(request).await
                     })
                     .await?;
-                Ok((answer.entries, answer.next_page_token))
+                Ok((response.entries, response.next_page_token))
             })
             .await?;
         let note = fetched.truncation_note();
-        let answer =
+        let response =
             pb::ListAuditEntriesResponse { entries: fetched.items, next_page_token: fetched.next_page_token };
-        cx.print_response(&answer, |colours| render_entries(&answer.entries, colours))?;
+        cx.print_response(&response, |colors| render_entries(&response.entries, colors))?;
         cx.console.eprint(&note.unwrap_or_default());
         Ok(0)
     }
 }
 
-fn render_entries(entries: &[pb::AuditEntry], colours: bool) -> String {
+fn render_entries(entries: &[pb::AuditEntry], colors: bool) -> String {
     let mut rows = ListTable::new(
         &["REVISION", "AT", "ACTION", "ACCOUNT", "USER", "KEY", "ACTOR", "FOR", "METHOD", "CHANGED"],
-        colours,
+        colors,
     );
     for entry in entries {
         rows.add_row([

@@ -1,4 +1,4 @@
-//! `keyward describe_check`: asks whether a token is valid. The exit code is the verdict, for scripts.
+//! `keyward check`: asks whether a token is valid. The exit code is the verdict, for scripts.
 
 use std::path::{Path, PathBuf};
 
@@ -44,7 +44,7 @@ impl SubjectTokenArgs {
     }
 }
 
-/// Flags of `keyward describe_check`.
+/// Flags of `keyward check`.
 #[derive(Debug, Args)]
 #[command(after_help = CHECK_HELP)]
 pub(super) struct CheckArgs {
@@ -85,11 +85,11 @@ impl CheckArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         let subject = self.subject_token.read_token(cx)?;
         let session = cx.connect()?;
-        let question = self.into_request(&subject);
-        let answer =
-            session.call_authz(question, async |mut client, request| client.check(request).await).await?;
-        cx.print_response(&answer, |colours| text_output::describe_check(&answer).render(colours))?;
-        Ok(if answer.allowed { 0 } else { EXIT_REFUSED })
+        let request = self.into_request(&subject);
+        let response =
+            session.call_authz(request, async |mut client, request| client.check(request).await).await?;
+        cx.print_response(&response, |colors| text_output::describe_check(&response).render(colors))?;
+        Ok(if response.allowed { 0 } else { EXIT_REFUSED })
     }
 
     fn into_request(self, subject: &token_io::PlainToken) -> pb::CheckRequest {

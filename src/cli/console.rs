@@ -36,11 +36,11 @@ pub(super) struct Console {
 impl Console {
     /// The process's own.
     pub(super) fn with_stdio() -> Console {
-        let colours = !client::are_colors_disabled();
+        let colors = !client::are_colors_disabled();
         Console {
             stdout_is_terminal: io::stdout().is_terminal(),
-            stdout_colors: colours && io::stdout().is_terminal(),
-            stderr_colors: colours && io::stderr().is_terminal(),
+            stdout_colors: colors && io::stdout().is_terminal(),
+            stderr_colors: colors && io::stderr().is_terminal(),
             stdout: Box::new(io::stdout()),
             stderr: Box::new(io::stderr()),
         }

@@ -50,22 +50,22 @@ impl<'a> CommandContext<'a> {
     }
 
     /// Prints an answer that holds a token, for programs: nobody reading it is a failure.
-    pub(super) fn print_required_json(&mut self, answer: &impl ToJson) -> Result<(), CliError> {
-        self.console.print_required(&Zeroizing::new(json_output::to_json_object(answer)))
+    pub(super) fn print_required_json(&mut self, response: &impl ToJson) -> Result<(), CliError> {
+        self.console.print_required(&Zeroizing::new(json_output::to_json_object(response)))
     }
 
     /// Prints an answer: as it is for programs, or as `people` words it, who is told whether colours are
     /// wanted.
     pub(super) fn print_response(
         &mut self,
-        answer: &impl ToJson,
-        people: impl FnOnce(bool) -> String,
+        response: &impl ToJson,
+        render_text: impl FnOnce(bool) -> String,
     ) -> Result<(), CliError> {
         // Some answers hold a token.
         let text = Zeroizing::new(if self.is_json_output() {
-            json_output::to_json_object(answer)
+            json_output::to_json_object(response)
         } else {
-            people(self.console.stdout_colors)
+            render_text(self.console.stdout_colors)
         });
         self.console.print(&text)
     }

@@ -16,12 +16,12 @@ const MAX_READYZ_BYTES: u64 = 4096;
 /// Asks `/readyz`: 0 ready, 1 not ready, 2 no answer.
 pub(super) fn run(args: &HealthArgs, console: &mut Console) -> Result<u8, CliError> {
     let address = &args.admin_listen;
-    let answer = request_readyz(address, args.timeout).map_err(|error| {
+    let response = request_readyz(address, args.timeout).map_err(|error| {
         CliError::new(format!("no answer from http://{address}/readyz: {error}")).with_hint(
             "is the server running? --admin-listen or KEYWARD_ADMIN_LISTEN says where its admin pages are",
         )
     })?;
-    match parse_status_code(&answer) {
+    match parse_status_code(&response) {
         Some("200") => {
             console.print("ready\n")?;
             Ok(0)
@@ -46,14 +46,14 @@ fn send_readyz_request(mut stream: TcpStream, patience: Duration) -> io::Result<
     stream.set_read_timeout(Some(patience))?;
     stream.set_write_timeout(Some(patience))?;
     stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: keyward\r\nconnection: close\r\n\r\n")?;
-    let mut answer = Vec::new();
-    stream.take(MAX_READYZ_BYTES).read_to_end(&mut answer)?;
-    Ok(String::from_utf8_lossy(&answer).into_owned())
+    let mut response = Vec::new();
+    stream.take(MAX_READYZ_BYTES).read_to_end(&mut response)?;
+    Ok(String::from_utf8_lossy(&response).into_owned())
 }
 
 /// The status code of an HTTP/1.1 answer.
-fn parse_status_code(answer: &str) -> Option<&str> {
-    answer.strip_prefix("HTTP/1.1 ")?.get(..3)
+fn parse_status_code(response: &str) -> Option<&str> {
+    response.strip_prefix("HTTP/1.1 ")?.get(..3)
 }
 
 #[cfg(test)]
@@ -63,14 +63,14 @@ mod tests {
     use super::{super::console::CapturedOutput, *};
 
     /// Asks a server that says this to everybody: the exit code, and what was printed.
-    fn told(answer: &'static str) -> (u8, String) {
+    fn told(response: &'static str) -> (u8, String) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let admin_listen = listener.local_addr().unwrap().to_string();
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let mut asked = [0; 512];
             assert!(stream.read(&mut asked).unwrap() > 0);
-            stream.write_all(answer.as_bytes()).unwrap();
+            stream.write_all(response.as_bytes()).unwrap();
         });
         let (out, err) = (CapturedOutput::default(), CapturedOutput::default());
         let args = HealthArgs { admin_listen, timeout: Duration::from_secs(20) };
@@ -91,8 +91,8 @@ mod tests {
 
     #[test]
     fn what_is_no_admin_page_is_no_answer() {
-        for answer in ["HTTP/1.1 404 Not Found\r\n\r\n", "SSH-2.0-x\r\n", ""] {
-            assert_eq!(told(answer).0, 2, "{answer:?}");
+        for response in ["HTTP/1.1 404 Not Found\r\n\r\n", "SSH-2.0-x\r\n", ""] {
+            assert_eq!(told(response).0, 2, "{response:?}");
         }
     }
 

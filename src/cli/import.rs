@@ -1,4 +1,4 @@
-//! `keyward call_keys import`: takes in keys made elsewhere, from a file of any size.
+//! `keyward keys import`: takes in keys made elsewhere, from a file of any size.
 //!
 //! The file is looked through first, so that one that cannot be read leaves nothing behind. Then one thread reads it in
 //! batches; several calls are under way at once; their results are recorded in the order of the file. So memory holds a
@@ -85,7 +85,7 @@ Exit codes: 0 every row is there or skipped; 1 some were rejected; 2 the import 
 
 Example: keyward keys import keys.csv --account acme --environment production --role agent";
 
-/// Flags of `keyward call_keys import`.
+/// Flags of `keyward keys import`.
 #[derive(Debug, Args)]
 #[command(after_help = FORMAT_HELP)]
 pub(super) struct KeyImportArgs {
@@ -113,31 +113,31 @@ impl KeyImportArgs {
         let unreadable = |error| CliError::new(format!("cannot read {}: {error}", shown_path(&self.file)));
         let file = File::open(&self.file).map_err(unreadable)?;
         let size = file.metadata().map_err(unreadable)?.len();
-        let reading = self.read_options(&file, SystemClock.now())?;
-        reading.defaults.check_expiry(reading.now)?;
+        let options = self.read_options(&file, SystemClock.now())?;
+        options.defaults.check_expiry(options.now)?;
         // The whole file first: one that is not understood leaves nothing behind.
-        precheck_file(&file, reading.encoding, reading.required_syntax(&file)?)?;
-        let unused = RowSource::open(&file, reading.clone(), None)?.check_columns()?;
+        precheck_file(&file, options.encoding, options.required_syntax(&file)?)?;
+        let unused = RowSource::open(&file, options.clone(), None)?.check_columns()?;
         for flag in unused {
             cx.console.eprint(&format!("No object has the field of {flag}.\n"));
         }
-        let mut journal = ImportCheckpoint::open(&self.file, self.progress)?;
-        let source = RowSource::open(file, reading, journal.resume_position())?;
-        if journal.resume_position().is_some_and(|from| from.bytes < size) {
-            cx.console.eprint(&format!("Resuming after {}.\n", journal.describe_progress()));
+        let mut checkpoint = ImportCheckpoint::open(&self.file, self.progress)?;
+        let source = RowSource::open(file, options, checkpoint.resume_position())?;
+        if checkpoint.resume_position().is_some_and(|from| from.bytes < size) {
+            cx.console.eprint(&format!("Resuming after {}.\n", checkpoint.describe_progress()));
         }
         let bar = console::new_progress_bar(size);
-        let (began, before, mut problems) = (Instant::now(), journal.rows_done(), RowProblems::default());
-        let end = import_rows(source, &session, &mut journal, &mut problems, &bar).await;
+        let (began, before, mut problems) = (Instant::now(), checkpoint.rows_done(), RowProblems::default());
+        let end = import_rows(source, &session, &mut checkpoint, &mut problems, &bar).await;
         bar.finish_and_clear();
-        let rows_now = journal.rows_done() - before;
-        let summary = ImportSummary::new(&journal, &problems, end.is_ok(), rows_now, began.elapsed());
-        if summary.complete || journal.rows_done() > 0 {
-            cx.print_response(&summary, |colours| summary.to_table(&journal).render(colours))?;
+        let rows_now = checkpoint.rows_done() - before;
+        let summary = ImportSummary::new(&checkpoint, &problems, end.is_ok(), rows_now, began.elapsed());
+        if summary.complete || checkpoint.rows_done() > 0 {
+            cx.print_response(&summary, |colors| summary.to_table(&checkpoint).render(colors))?;
         }
-        let progress = journal.progress_path().display();
+        let progress = checkpoint.progress_path().display();
         end.map_err(|failure| {
-            failure.with_context(&format!("stopped after {}", journal.describe_progress()))
+            failure.with_context(&format!("stopped after {}", checkpoint.describe_progress()))
         })
         .map_err(|failure| {
             failure.with_hint(format!("the same command continues from there ({progress})"))
@@ -183,7 +183,7 @@ fn format_by_name(path: &Path) -> ImportFormat {
 async fn import_rows(
     source: RowSource<File>,
     session: &ApiClient,
-    journal: &mut ImportCheckpoint,
+    checkpoint: &mut ImportCheckpoint,
     problems: &mut RowProblems,
     bar: &ProgressBar,
 ) -> Result<(), CliError> {
@@ -213,13 +213,13 @@ async fn import_rows(
         let Some(done) = done else { break };
         let done = done?;
         problems.add_rejected(&done.rejected);
-        journal.record_batch(&done, &dialect)?;
-        if let Some(from) = journal.resume_position() {
+        checkpoint.record_batch(&done, &dialect)?;
+        if let Some(from) = checkpoint.resume_position() {
             bar.set_position(from.bytes);
             bar.set_message(format!(
                 "{}, {} rejected",
-                format_row_count(journal.rows_done()),
-                journal.progress.rejected
+                format_row_count(checkpoint.rows_done()),
+                checkpoint.progress.rejected
             ));
         }
     }

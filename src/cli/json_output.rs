@@ -211,12 +211,12 @@ mod tests {
 
     #[test]
     fn a_response_keeps_the_names_and_the_order_of_the_protos() {
-        let answer = pb::RevokeSelfResponse {
+        let response = pb::RevokeSelfResponse {
             revision: 1 << 60,
             propagation: Some(pb::Propagation { complete: true, ..Default::default() }),
         };
         assert_eq!(
-            to_json_object(&answer),
+            to_json_object(&response),
             r#"{
   "revision": 1152921504606846976,
   "propagation": {

@@ -1,4 +1,4 @@
-//! `keyward call_keys`: the life of a key, from create to revoke.
+//! `keyward keys`: the life of a key, from create to revoke.
 
 mod args;
 mod bulk_revoke;
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::pb;
 
-/// `keyward call_keys ...`.
+/// `keyward keys ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum KeysCommand {
     /// Create a key; its token is shown once
@@ -47,7 +47,7 @@ pub(super) enum KeysCommand {
     Lookup(KeyLookupArgs),
 }
 
-/// Flags of `keyward call_keys lookup_key`.
+/// Flags of `keyward keys lookup`.
 #[derive(Debug, Args)]
 pub(super) struct KeyLookupArgs {
     #[command(flatten)]
@@ -75,25 +75,25 @@ impl KeysCommand {
 }
 
 async fn get_key(cx: &mut CommandContext<'_>, id: String) -> Result<u8, CliError> {
-    let question = pb::GetKeyRequest { id };
-    let answer = cx
+    let request = pb::GetKeyRequest { id };
+    let response = cx
         .connect()?
-        .call_keys(DefaultTimeout::Quick, question, async |mut client, request| client.get(request).await)
+        .call_keys(DefaultTimeout::Quick, request, async |mut client, request| client.get(request).await)
         .await?;
-    cx.print_response(&answer, |colours| describe_key_or_empty(answer.key.as_ref()).render(colours))?;
+    cx.print_response(&response, |colors| describe_key_or_empty(response.key.as_ref()).render(colors))?;
     Ok(0)
 }
 
 async fn lookup_key(cx: &mut CommandContext<'_>, subject: &SubjectTokenArgs) -> Result<u8, CliError> {
-    let question = pb::LookupKeyRequest { token: subject.read_token(cx)?.reveal().to_owned() };
-    let answer = cx
+    let request = pb::LookupKeyRequest { token: subject.read_token(cx)?.reveal().to_owned() };
+    let response = cx
         .connect()?
-        .call_keys(DefaultTimeout::Quick, question, async |mut client, request| client.lookup(request).await)
+        .call_keys(DefaultTimeout::Quick, request, async |mut client, request| client.lookup(request).await)
         .await?;
-    cx.print_response(&answer, |colours| {
-        describe_key_or_empty(answer.key.as_ref())
-            .field("secret version", answer.secret_version.to_string())
-            .render(colours)
+    cx.print_response(&response, |colors| {
+        describe_key_or_empty(response.key.as_ref())
+            .field("secret version", response.secret_version.to_string())
+            .render(colors)
     })?;
     Ok(0)
 }

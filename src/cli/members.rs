@@ -76,15 +76,15 @@ async fn put_member(
     one: MemberIdArgs,
     role: String,
 ) -> Result<(), CliError> {
-    let question = pb::PutMemberRequest { account: one.account, user: one.user, role };
-    let answer = session
-        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
+    let request = pb::PutMemberRequest { account: one.account, user: one.user, role };
+    let response = session
+        .call_accounts(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.put_member(request).await
         })
         .await?;
-    cx.print_response(&answer, |colours| {
-        let member = answer.member.as_ref().map_or_else(DetailTable::new, describe_member).render(colours);
-        member + "\n" + &text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+    cx.print_response(&response, |colors| {
+        let member = response.member.as_ref().map_or_else(DetailTable::new, describe_member).render(colors);
+        member + "\n" + &text_output::format_propagation(response.revision, response.propagation.as_ref())
     })
 }
 
@@ -97,18 +97,19 @@ async fn list_members(
     let fetched = page
         .fetch_pages(async |size, page_token| {
             let account = account.clone();
-            let question = pb::ListMembersRequest { account, page_size: Some(size), page_token };
-            let answer = session
-                .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+            let request = pb::ListMembersRequest { account, page_size: Some(size), page_token };
+            let response = session
+                .call_accounts(DefaultTimeout::Quick, request, async |mut client, request| {
                     client.list_members(request).await
                 })
                 .await?;
-            Ok((answer.members, answer.next_page_token))
+            Ok((response.members, response.next_page_token))
         })
         .await?;
     let note = fetched.truncation_note();
-    let answer = pb::ListMembersResponse { members: fetched.items, next_page_token: fetched.next_page_token };
-    cx.print_response(&answer, |colours| render_members(&answer.members, colours))?;
+    let response =
+        pb::ListMembersResponse { members: fetched.items, next_page_token: fetched.next_page_token };
+    cx.print_response(&response, |colors| render_members(&response.members, colors))?;
     cx.console.eprint(&note.unwrap_or_default());
     Ok(())
 }
@@ -118,14 +119,14 @@ async fn remove_member(
     session: &ApiClient,
     one: MemberIdArgs,
 ) -> Result<(), CliError> {
-    let question = pb::RemoveMemberRequest { account: one.account, user: one.user };
-    let answer = session
-        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
+    let request = pb::RemoveMemberRequest { account: one.account, user: one.user };
+    let response = session
+        .call_accounts(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.remove_member(request).await
         })
         .await?;
-    cx.print_response(&answer, |_| {
-        text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+    cx.print_response(&response, |_| {
+        text_output::format_propagation(response.revision, response.propagation.as_ref())
     })
 }
 
@@ -137,8 +138,8 @@ fn describe_member(member: &pb::Member) -> DetailTable {
         .field("revision", member.revision.to_string())
 }
 
-fn render_members(members: &[pb::Member], colours: bool) -> String {
-    let mut rows = ListTable::new(&["USER", "ROLE", "REVISION"], colours);
+fn render_members(members: &[pb::Member], colors: bool) -> String {
+    let mut rows = ListTable::new(&["USER", "ROLE", "REVISION"], colors);
     for member in members {
         rows.add_row([
             plain_cell(&member.user),

@@ -1,6 +1,6 @@
 //! The command line: reads the arguments and runs one command.
 //!
-//! `serve`, `root_key`, `replicas`, `upkeep` and `audit archive` start what the server's side offers; `rules` and `config`
+//! `serve`, `root-key`, `replicas`, `upkeep` and `audit archive` start what the server's side offers; `rules` and `config`
 //! read files as a server would, `doctor` looks, `health` asks an admin page. All others
 //! are client commands: they speak to a server through the generated client (`pb`) and may use `domain` and
 //! `config`, never `store`, `engine` or `grpc`, so that they can do nothing that another client could not. Every

@@ -41,17 +41,17 @@ impl PageArgs {
         &self,
         mut page: impl AsyncFnMut(u32, String) -> Result<(Vec<T>, String), CliError>,
     ) -> Result<FetchedList<T>, CliError> {
-        let most = if self.all { usize::MAX } else { self.limit as usize };
+        let limit = if self.all { usize::MAX } else { self.limit as usize };
         let mut fetched = FetchedList { items: Vec::new(), next_page_token: String::new() };
         loop {
-            let size = MAX_PAGE_SIZE.min(most - fetched.items.len());
+            let size = MAX_PAGE_SIZE.min(limit - fetched.items.len());
             let (items, next) = page(size as u32, fetched.next_page_token.clone()).await?;
             fetched.items.extend(items);
             if next == fetched.next_page_token && !next.is_empty() {
                 return Err(CliError::new("the server repeats the same page for ever"));
             }
             fetched.next_page_token = next;
-            if fetched.next_page_token.is_empty() || fetched.items.len() >= most {
+            if fetched.next_page_token.is_empty() || fetched.items.len() >= limit {
                 return Ok(fetched);
             }
         }

@@ -89,10 +89,10 @@ async fn put_and_show_role(
     scopes: Vec<String>,
 ) -> Result<(), CliError> {
     let account = one.owner.account.unwrap_or_default();
-    let answer = put_role(session, pb::PutRoleRequest { account, name: one.name, scopes }).await?;
-    cx.print_response(&answer, |colours| {
-        let role = answer.role.as_ref().map_or_else(DetailTable::new, describe_role).render(colours);
-        role + "\n" + &text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+    let response = put_role(session, pb::PutRoleRequest { account, name: one.name, scopes }).await?;
+    cx.print_response(&response, |colors| {
+        let role = response.role.as_ref().map_or_else(DetailTable::new, describe_role).render(colors);
+        role + "\n" + &text_output::format_propagation(response.revision, response.propagation.as_ref())
     })
 }
 
@@ -101,8 +101,8 @@ async fn list_and_show_roles(
     session: &ApiClient,
     home: RoleOwnerArgs,
 ) -> Result<(), CliError> {
-    let answer = fetch_all_roles(session, home.account.unwrap_or_default()).await?;
-    cx.print_response(&answer, |colours| render_roles(&answer.roles, colours))
+    let response = fetch_all_roles(session, home.account.unwrap_or_default()).await?;
+    cx.print_response(&response, |colors| render_roles(&response.roles, colors))
 }
 
 async fn delete_role(
@@ -110,14 +110,14 @@ async fn delete_role(
     session: &ApiClient,
     one: RoleIdArgs,
 ) -> Result<(), CliError> {
-    let question = pb::DeleteRoleRequest { account: one.owner.account.unwrap_or_default(), name: one.name };
-    let answer = session
-        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
+    let request = pb::DeleteRoleRequest { account: one.owner.account.unwrap_or_default(), name: one.name };
+    let response = session
+        .call_accounts(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.delete_role(request).await
         })
         .await?;
-    cx.print_response(&answer, |_| {
-        text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+    cx.print_response(&response, |_| {
+        text_output::format_propagation(response.revision, response.propagation.as_ref())
     })
 }
 
@@ -129,8 +129,8 @@ fn describe_role(role: &pb::Role) -> DetailTable {
         .field("revision", role.revision.to_string())
 }
 
-fn render_roles(roles: &[pb::Role], colours: bool) -> String {
-    let mut rows = ListTable::new(&["NAME", "ACCOUNT", "SCOPES"], colours);
+fn render_roles(roles: &[pb::Role], colors: bool) -> String {
+    let mut rows = ListTable::new(&["NAME", "ACCOUNT", "SCOPES"], colors);
     for role in roles {
         rows.add_row([
             plain_cell(&role.name),

@@ -92,22 +92,22 @@ pub(super) fn run(args: RulesArgs, outer: ClientArgs, console: &mut Console) -> 
     let RulesArgs { command, output } = args;
     let args = ClientArgs { output: output.or(outer.output), ..ClientArgs::default() };
     let json = ClientSettings::load(args)?.output == OutputFormat::Json;
-    let colours = console.stdout_colors;
+    let colors = console.stdout_colors;
     match command {
         RulesCommand::Check(file) => {
-            let (book, around) = file.load()?;
-            let checked = RulesCheckReport::new(&file.file.display().to_string(), &book, &around);
+            let (book, defaults) = file.load()?;
+            let checked = RulesCheckReport::new(&file.file.display().to_string(), &book, &defaults);
             console.print(&if json { json_output::to_json_object(&checked) } else { checked.to_text() })?;
             Ok(0)
         }
         RulesCommand::Test { file, method, path, host } => {
-            let (book, around) = file.load()?;
+            let (book, defaults) = file.load()?;
             let asked = RulesTestRequest { method: &method, path: &path, host: host.as_deref() };
-            let verdict = rules_explain::explain(&book, &around, &asked);
+            let verdict = rules_explain::explain(&book, &defaults, &asked);
             console.print(&if json {
                 json_output::to_json_object(&verdict)
             } else {
-                verdict.to_text(colours)
+                verdict.to_text(colors)
             })?;
             Ok(if verdict.is_decided() { 0 } else { EXIT_REFUSED })
         }

@@ -135,12 +135,12 @@ const NO_ENVIRONMENT_SOURCE: &str = "nobody: its requests hear 503, unless the p
 
 impl RulesCheckReport {
     /// What there is to say of rules that are right.
-    pub(super) fn new(file: &str, book: &RuleBook, around: &GatewayDefaults) -> RulesCheckReport {
+    pub(super) fn new(file: &str, book: &RuleBook, defaults: &GatewayDefaults) -> RulesCheckReport {
         let nowhere = |rule: &&RouteRule| {
             rule.route.requirement != Some(RouteRequirement::Public)
                 && rule.route.environment.is_none()
                 && book.defaults.environment.is_none()
-                && around.environment.is_none()
+                && defaults.environment.is_none()
         };
         let note =
             |rule: &RouteRule| RuleNote { line: rule.line, text: "no environment is said by anyone here" };
@@ -165,31 +165,31 @@ impl RulesCheckReport {
 /// What the rules say of a request.
 pub(super) fn explain(
     book: &RuleBook,
-    around: &GatewayDefaults,
-    asked: &RulesTestRequest<'_>,
+    defaults: &GatewayDefaults,
+    request: &RulesTestRequest<'_>,
 ) -> RulesExplanation {
     let mut verdict = RulesExplanation {
         outcome: RulesOutcome::Denied,
         problem: None,
-        mode: effective_mode(None, book, around),
+        mode: effective_mode(None, book, defaults),
         rule: None,
         passed_over: Vec::new(),
     };
-    let (target, host) = match parse_path_and_host(asked) {
+    let (target, host) = match parse_path_and_host(request) {
         Ok(spelled) => spelled,
         Err(problem) => {
             verdict.set_refused(problem);
             return verdict;
         }
     };
-    if book.rules.is_ambiguous(&host, asked.method, &target) {
+    if book.rules.is_ambiguous(&host, request.method, &target) {
         verdict.set_refused(PathError::Lookalike.to_string());
         return verdict;
     }
     for rule in book.rules.iter() {
-        match rule.match_request(&host, asked.method, &target) {
+        match rule.match_request(&host, request.method, &target) {
             Ok(captures) => {
-                verdict.set_deciding_rule(rule, &captures, book, around);
+                verdict.set_deciding_rule(rule, &captures, book, defaults);
                 break;
             }
             Err(mismatch) => {
@@ -202,23 +202,23 @@ pub(super) fn explain(
 }
 
 /// Path and host in the one spelling that rules see. No host is one that no rule names.
-fn parse_path_and_host<'a>(asked: &RulesTestRequest<'a>) -> Result<(CanonicalPath<'a>, String), String> {
-    let target = CanonicalPath::parse(asked.path).map_err(|misspelt| misspelt.to_string())?;
-    let host = asked.host.map(|host| path::normalize_host(host).ok_or("the host is none")).transpose()?;
-    if asked.method.is_empty() {
+fn parse_path_and_host<'a>(request: &RulesTestRequest<'a>) -> Result<(CanonicalPath<'a>, String), String> {
+    let target = CanonicalPath::parse(request.path).map_err(|misspelt| misspelt.to_string())?;
+    let host = request.host.map(|host| path::normalize_host(host).ok_or("the host is none")).transpose()?;
+    if request.method.is_empty() {
         return Err("the method is none".to_owned());
     }
     Ok((target, host.unwrap_or_default()))
 }
 
-fn effective_mode(rule: Option<&RouteSpec>, book: &RuleBook, around: &GatewayDefaults) -> SourcedValue {
+fn effective_mode(rule: Option<&RouteSpec>, book: &RuleBook, defaults: &GatewayDefaults) -> SourcedValue {
     let word = |mode: &EnforcementMode| match mode {
         EnforcementMode::Enforce => "enforce".to_owned(),
         EnforcementMode::Shadow => "shadow".to_owned(),
     };
     let said = rule.and_then(|route| route.mode);
     effective_value(&said, &book.defaults.mode, word).unwrap_or_else(|| SourcedValue {
-        value: Some(word(&around.mode)),
+        value: Some(word(&defaults.mode)),
         from: "the server's settings".to_owned(),
     })
 }
@@ -253,10 +253,10 @@ impl RulesExplanation {
         rule: &RouteRule,
         captures: &PathCaptures<'_>,
         book: &RuleBook,
-        around: &GatewayDefaults,
+        defaults: &GatewayDefaults,
     ) {
         self.outcome = RulesOutcome::Decided;
-        self.mode = effective_mode(Some(&rule.route), book, around);
+        self.mode = effective_mode(Some(&rule.route), book, defaults);
         let defaults = &book.defaults;
         let scopes = match &rule.route.requirement {
             Some(RouteRequirement::Scopes(scopes)) => {
@@ -267,7 +267,7 @@ impl RulesExplanation {
         let word = |name: &EnvironmentName| name.to_string();
         let environment = effective_value(&rule.route.environment, &defaults.environment, word)
             .or_else(|| {
-                effective_value(&None, &around.environment, word)
+                effective_value(&None, &defaults.environment, word)
                     .map(|said| SourcedValue { from: "[gateway]".into(), ..said })
             })
             .unwrap_or_else(|| SourcedValue { value: None, from: NO_ENVIRONMENT_SOURCE.to_owned() });
@@ -460,8 +460,8 @@ mode = "shadow"
             verdict(&nowhere, EnforcementMode::Enforce, "POST", "/accounts/acme/runs", None).to_text(false);
         assert!(text.contains("hear 503"), "{text}");
         let book = parse_rules(&nowhere, &EnvironmentSet::default()).unwrap();
-        let around = |environment| GatewayDefaults { environment, mode: EnforcementMode::Enforce };
-        let checked = RulesCheckReport::new("rules.toml", &book, &around(None));
+        let defaults = |environment| GatewayDefaults { environment, mode: EnforcementMode::Enforce };
+        let checked = RulesCheckReport::new("rules.toml", &book, &defaults(None));
         assert_eq!(
             checked.notes.iter().map(|note| note.line).collect::<Vec<_>>(),
             [6, 17],
@@ -469,7 +469,7 @@ mode = "shadow"
         );
         assert!(checked.to_text().starts_with("rules.toml: 3 rules, nothing wrong.\nnote: line 6: "));
         let production = EnvironmentName::parse("production").unwrap();
-        assert!(RulesCheckReport::new("", &book, &around(Some(production))).notes.is_empty());
+        assert!(RulesCheckReport::new("", &book, &defaults(Some(production))).notes.is_empty());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `keyward serve_until_signal`: runs a server until it is told to stop.
+//! `keyward serve`: runs a server until it is told to stop.
 
 use std::{
     io::{IsTerminal as _, Write as _},

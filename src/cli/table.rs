@@ -47,9 +47,9 @@ impl DetailTable {
         mut self,
         name: &'static str,
         value: String,
-        colour: Option<Color>,
+        color: Option<Color>,
     ) -> DetailTable {
-        self.rows.push((name, value, colour));
+        self.rows.push((name, value, color));
         self
     }
 
@@ -75,14 +75,14 @@ impl DetailTable {
     }
 
     /// The record as text.
-    pub(super) fn render(&self, colours: bool) -> String {
-        let mut table = new_plain_table(colours);
+    pub(super) fn render(&self, colors: bool) -> String {
+        let mut table = new_plain_table(colors);
         // A terminal that says it has no width is not asked to fit anything.
         if table.width().is_some_and(|width| width >= 60) {
             table.set_content_arrangement(ContentArrangement::Dynamic);
         }
-        for (name, value, colour) in &self.rows {
-            table.add_row([Cell::new(name), new_cell(value, colour.filter(|_| colours))]);
+        for (name, value, color) in &self.rows {
+            table.add_row([Cell::new(name), new_cell(value, color.filter(|_| colors))]);
         }
         if let Some(names) = table.column_mut(0) {
             names.set_constraint(ColumnConstraint::ContentWidth);
@@ -99,17 +99,16 @@ pub(super) struct ListTable {
 }
 
 impl ListTable {
-    pub(super) fn new(header: &[&str], colours: bool) -> ListTable {
-        let mut table = new_plain_table(colours);
+    pub(super) fn new(header: &[&str], colors: bool) -> ListTable {
+        let mut table = new_plain_table(colors);
         table.set_header(header.iter().copied());
-        ListTable { table, colors: colours, is_empty: true }
+        ListTable { table, colors, is_empty: true }
     }
 
     /// Adds a record.
     pub(super) fn add_row(&mut self, cells: impl IntoIterator<Item = (String, Option<Color>)>) {
-        let colours = self.colors;
-        self.table
-            .add_row(cells.into_iter().map(|(text, colour)| new_cell(&text, colour.filter(|_| colours))));
+        let colors = self.colors;
+        self.table.add_row(cells.into_iter().map(|(text, color)| new_cell(&text, color.filter(|_| colors))));
         self.is_empty = false;
     }
 
@@ -120,20 +119,20 @@ impl ListTable {
     }
 }
 
-fn new_plain_table(colours: bool) -> Table {
+fn new_plain_table(colors: bool) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-    if colours {
+    if colors {
         table.enforce_styling();
         table.style_text_only();
     }
     table
 }
 
-fn new_cell(text: &str, colour: Option<Color>) -> Cell {
+fn new_cell(text: &str, color: Option<Color>) -> Cell {
     let cell = Cell::new(escape_terminal(text));
-    match colour {
-        Some(colour) => cell.fg(colour),
+    match color {
+        Some(color) => cell.fg(color),
         None => cell,
     }
 }

@@ -12,13 +12,13 @@ use crate::pb;
 
 /// A key's state and its colour.
 pub(super) fn format_key_state(key: &pb::Key) -> (String, Option<Color>) {
-    let colour = match key.state() {
+    let color = match key.state() {
         pb::KeyState::Active => Some(Color::Green),
         pb::KeyState::Disabled | pb::KeyState::Expired => Some(Color::Yellow),
         pb::KeyState::Revoked => Some(Color::Red),
         pb::KeyState::Unspecified => None,
     };
-    (format_enum_name(key.state().as_str_name(), "KEY_STATE_"), colour)
+    (format_enum_name(key.state().as_str_name(), "KEY_STATE_"), color)
 }
 
 /// Who a key belongs to.
@@ -28,13 +28,13 @@ pub(super) fn format_key_owner(key: &pb::Key) -> String {
 
 /// A key in full.
 pub(super) fn describe_key(key: &pb::Key) -> DetailTable {
-    let (state, colour) = format_key_state(key);
+    let (state, color) = format_key_state(key);
     let pairs: Vec<String> = key.metadata.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let limits: Vec<String> = key.rate_limits.iter().map(format_rate_limit).collect();
     DetailTable::new()
         .field("id", &key.id)
         .field("name", &key.name)
-        .colored_field("state", state, colour)
+        .colored_field("state", state, color)
         .field("account", &key.account)
         .field("user", &key.user)
         .field("environment", &key.environment)
@@ -90,40 +90,41 @@ pub(super) fn format_propagation(revision: u64, report: Option<&pb::Propagation>
 }
 
 /// The verdict on a token, with what led to it.
-pub(super) fn describe_check(answer: &pb::CheckResponse) -> DetailTable {
-    let (verdict, colour) = if answer.allowed { ("allowed", Color::Green) } else { ("denied", Color::Red) };
-    let failures: Vec<String> = answer.failures().map(format_reason).collect();
-    let limits: Vec<String> = answer.rate_limits.iter().map(format_rate_limit_state).collect();
-    let pairs: Vec<String> = answer.metadata.iter().map(|(name, value)| format!("{name}={value}")).collect();
+pub(super) fn describe_check(response: &pb::CheckResponse) -> DetailTable {
+    let (verdict, color) = if response.allowed { ("allowed", Color::Green) } else { ("denied", Color::Red) };
+    let failures: Vec<String> = response.failures().map(format_reason).collect();
+    let limits: Vec<String> = response.rate_limits.iter().map(format_rate_limit_state).collect();
+    let pairs: Vec<String> =
+        response.metadata.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let duration =
         |d: &Option<prost_types::Duration>| d.as_ref().map(format_proto_duration).unwrap_or_default();
-    let known = !answer.key_id.is_empty();
+    let known = !response.key_id.is_empty();
     // Of a revoked key nothing is known but that.
-    let has_expiry = known && answer.reason() != pb::Reason::Revoked;
+    let has_expiry = known && response.reason() != pb::Reason::Revoked;
     DetailTable::new()
-        .colored_field("verdict", verdict.to_owned(), Some(colour))
-        .field("reason", format_reason(answer.reason()))
-        .field("message", &answer.message)
+        .colored_field("verdict", verdict.to_owned(), Some(color))
+        .field("reason", format_reason(response.reason()))
+        .field("message", &response.message)
         .list_field("failures", &failures)
-        .list_field("missing scopes", &answer.missing_scopes)
-        .field("retry after", duration(&answer.retry_after))
-        .field("key", &answer.key_id)
-        .field("key name", &answer.key_name)
-        .field("account", &answer.account)
-        .field("user", &answer.user)
-        .field("environment", &answer.environment)
-        .list_field("scopes", &answer.scopes)
-        .field("secret version", if known { answer.secret_version.to_string() } else { String::new() })
+        .list_field("missing scopes", &response.missing_scopes)
+        .field("retry after", duration(&response.retry_after))
+        .field("key", &response.key_id)
+        .field("key name", &response.key_name)
+        .field("account", &response.account)
+        .field("user", &response.user)
+        .field("environment", &response.environment)
+        .list_field("scopes", &response.scopes)
+        .field("secret version", if known { response.secret_version.to_string() } else { String::new() })
         .list_field("metadata", &pairs)
         .list_field("rate limits", &limits)
         .field(
             "inexact",
-            if answer.limits_inexact { "the rate limits: counted by one replica alone" } else { "" },
+            if response.limits_inexact { "the rate limits: counted by one replica alone" } else { "" },
         )
-        .instant_field("expires", answer.expires_at.as_ref(), if has_expiry { "never" } else { "" })
-        .field("revision", answer.revision.to_string())
-        .field("staleness", duration(&answer.staleness))
-        .field("max age", duration(&answer.max_age))
+        .instant_field("expires", response.expires_at.as_ref(), if has_expiry { "never" } else { "" })
+        .field("revision", response.revision.to_string())
+        .field("staleness", duration(&response.staleness))
+        .field("max age", duration(&response.max_age))
 }
 
 pub(super) fn format_reason(reason: pb::Reason) -> String {
@@ -137,11 +138,11 @@ fn format_rate_limit_state(state: &pb::RateLimitState) -> String {
 
 /// An account in full.
 pub(super) fn describe_account(account: &pb::Account) -> DetailTable {
-    let (state, colour) = format_account_state(account);
+    let (state, color) = format_account_state(account);
     DetailTable::new()
         .field("id", &account.id)
         .field("name", &account.name)
-        .colored_field("state", state, colour)
+        .colored_field("state", state, color)
         .field("longest life", format_longest_life(account))
         .instant_field("created", account.created_at.as_ref(), "")
         .instant_field("updated", account.updated_at.as_ref(), "")
@@ -155,9 +156,8 @@ pub(super) fn format_longest_life(account: &pb::Account) -> String {
 
 /// An account's state and its colour.
 pub(super) fn format_account_state(account: &pb::Account) -> (String, Option<Color>) {
-    let (state, colour) =
-        if account.suspended { ("suspended", Color::Red) } else { ("active", Color::Green) };
-    (state.to_owned(), Some(colour))
+    let (state, color) = if account.suspended { ("suspended", Color::Red) } else { ("active", Color::Green) };
+    (state.to_owned(), Some(color))
 }
 
 #[cfg(test)]
@@ -216,11 +216,11 @@ mod tests {
 
     #[test]
     fn a_denial_says_every_reason() {
-        let mut answer = pb::CheckResponse { missing_scopes: vec!["a:b".into()], ..Default::default() };
-        answer.set_reason(pb::Reason::Expired);
-        answer.push_failures(pb::Reason::Expired);
-        answer.push_failures(pb::Reason::MissingScope);
-        let text = describe_check(&answer).render(false);
+        let mut response = pb::CheckResponse { missing_scopes: vec!["a:b".into()], ..Default::default() };
+        response.set_reason(pb::Reason::Expired);
+        response.push_failures(pb::Reason::Expired);
+        response.push_failures(pb::Reason::MissingScope);
+        let text = describe_check(&response).render(false);
         assert!(
             text.contains("denied") && text.contains("expired, missing-scope") && text.contains("a:b"),
             "{text}"

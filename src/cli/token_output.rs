@@ -67,19 +67,19 @@ impl<'a> TokenDestination<'a> {
     pub(super) fn deliver<M: IssuedKeyResponse>(
         self,
         cx: &mut CommandContext<'_>,
-        mut answer: M,
+        mut response: M,
     ) -> Result<u8, CliError> {
-        let id = answer.key().map(|key| key.id.clone()).unwrap_or_default();
-        if answer.token_mut().is_empty() {
-            return self.report_replay(cx, &answer, &id);
+        let id = response.key().map(|key| key.id.clone()).unwrap_or_default();
+        if response.token_mut().is_empty() {
+            return self.report_replay(cx, &response, &id);
         }
         let done = match self {
-            TokenDestination::Show if cx.is_json_output() => cx.print_required_json(&answer),
-            TokenDestination::Show => print_token(cx, &mut answer),
-            TokenDestination::TokenOnly => cx.console.print_required(&token_line(answer.token_mut())),
-            TokenDestination::File(file, path) => write_token_file(cx, &mut answer, file, path),
+            TokenDestination::Show if cx.is_json_output() => cx.print_required_json(&response),
+            TokenDestination::Show => print_token(cx, &mut response),
+            TokenDestination::TokenOnly => cx.console.print_required(&token_line(response.token_mut())),
+            TokenDestination::File(file, path) => write_token_file(cx, &mut response, file, path),
         };
-        answer.token_mut().zeroize();
+        response.token_mut().zeroize();
         done.map(|()| 0).map_err(|failure| failure.with_hint(new_token_hint(&id)))
     }
 
@@ -87,7 +87,7 @@ impl<'a> TokenDestination<'a> {
     fn report_replay<M: IssuedKeyResponse>(
         self,
         cx: &mut CommandContext<'_>,
-        answer: &M,
+        response: &M,
         id: &str,
     ) -> Result<u8, CliError> {
         let message = format!(
@@ -96,7 +96,7 @@ impl<'a> TokenDestination<'a> {
         if !matches!(self, TokenDestination::Show) {
             return Err(CliError::refused(message).with_hint(new_token_hint(id)));
         }
-        cx.print_response(answer, |colours| render_key_details(answer, colours))?;
+        cx.print_response(response, |colors| render_key_details(response, colors))?;
         cx.console.eprint(&format!("{message}.\n"));
         Ok(0)
     }
@@ -107,33 +107,33 @@ fn new_token_hint(id: &str) -> String {
 }
 
 /// Details for people go to stderr, so that stdout holds the token alone.
-fn print_token<M: IssuedKeyResponse>(cx: &mut CommandContext<'_>, answer: &mut M) -> Result<(), CliError> {
-    cx.console.eprint(&render_key_details(answer, cx.console.stderr_colors));
+fn print_token<M: IssuedKeyResponse>(cx: &mut CommandContext<'_>, response: &mut M) -> Result<(), CliError> {
+    cx.console.eprint(&render_key_details(response, cx.console.stderr_colors));
     cx.console.eprint("\nThe token, shown once: keep it now, it is stored nowhere.\n");
-    cx.console.print_required(&token_line(answer.token_mut()))
+    cx.console.print_required(&token_line(response.token_mut()))
 }
 
 fn write_token_file<M: IssuedKeyResponse>(
     cx: &mut CommandContext<'_>,
-    answer: &mut M,
+    response: &mut M,
     file: TokenFile,
     path: &Path,
 ) -> Result<(), CliError> {
-    let written = file.write(answer.token_mut());
-    answer.token_mut().zeroize();
+    let written = file.write(response.token_mut());
+    response.token_mut().zeroize();
     written.map_err(|error| {
         CliError::new(format!(
             "the key is made, but its token could not be written to {}: {error}",
             path.display()
         ))
     })?;
-    cx.print_response(answer, |colours| render_key_details(answer, colours))?;
+    cx.print_response(response, |colors| render_key_details(response, colors))?;
     cx.console.eprint(&format!("The token is in {}, readable by its owner alone.\n", path.display()));
     Ok(())
 }
 
-fn render_key_details<M: IssuedKeyResponse>(answer: &M, colours: bool) -> String {
-    answer.key().map(|key| text_output::describe_key(key).render(colours)).unwrap_or_default()
+fn render_key_details<M: IssuedKeyResponse>(response: &M, colors: bool) -> String {
+    response.key().map(|key| text_output::describe_key(key).render(colors)).unwrap_or_default()
 }
 
 fn token_line(token: &str) -> Zeroizing<String> {
@@ -150,7 +150,7 @@ mod tests {
 
     const TOKEN: &str = "kw_live_secret";
 
-    fn answer(token: &str) -> pb::CreateKeyResponse {
+    fn response(token: &str) -> pb::CreateKeyResponse {
         let key = pb::Key { id: "0197".into(), ..Default::default() };
         pb::CreateKeyResponse { key: Some(key), token: token.into(), revision: 7, replayed: token.is_empty() }
     }
@@ -175,7 +175,7 @@ mod tests {
         };
         let mut cx = CommandContext::new(settings, &mut console);
         let done = TokenDestination::prepare(args)
-            .and_then(|delivery| delivery.deliver(&mut cx, answer(token)))
+            .and_then(|destination| destination.deliver(&mut cx, response(token)))
             .map_err(|failure| failure.to_string());
         (out.text(), err.text(), done)
     }

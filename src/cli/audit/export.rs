@@ -1,4 +1,4 @@
-//! `keyward call_audit export`: the log as a file that anybody can verify. Each entry is verified as it comes.
+//! `keyward audit export`: the log as a file that anybody can verify. Each entry is verified as it comes.
 
 use std::{
     fs::File,
@@ -28,7 +28,7 @@ use crate::{
 
 const EXPORT_PAGE_SIZE: u32 = 1000;
 
-/// Flags of `keyward call_audit export`.
+/// Flags of `keyward audit export`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct AuditExportArgs {
     /// Write to this new file (mode 0600) instead of standard output
@@ -122,7 +122,7 @@ async fn fetch_page(
     after: u64,
     page_token: String,
 ) -> Result<(Vec<LogEntry>, String), CliError> {
-    let question = pb::ListAuditEntriesRequest {
+    let request = pb::ListAuditEntriesRequest {
         page_size: Some(EXPORT_PAGE_SIZE),
         page_token,
         oldest_first: true,
@@ -130,15 +130,15 @@ async fn fetch_page(
         after_revision: after,
         ..Default::default()
     };
-    let answer = session
-        .call_audit(DefaultTimeout::Quick, question, async |mut client, request| client.list(request).await)
+    let response = session
+        .call_audit(DefaultTimeout::Quick, request, async |mut client, request| client.list(request).await)
         .await?;
-    let rows = answer.entries.into_iter().map(|entry| {
+    let rows = response.entries.into_iter().map(|entry| {
         let revision = entry.revision;
         to_log_row(entry)
             .ok_or_else(|| CliError::new(format!("the server's entry {revision} cannot be read")))
     });
-    Ok((rows.collect::<Result<_, _>>()?, answer.next_page_token))
+    Ok((rows.collect::<Result<_, _>>()?, response.next_page_token))
 }
 
 /// The entry as it was hashed. None = some of it cannot be read.

@@ -1,4 +1,4 @@
-//! `keyward call_audit verify`: of the log as a server has it, or of a file that was exported or archived.
+//! `keyward audit verify`: of the log as a server has it, or of a file that was exported or archived.
 
 use std::{
     fs::File,
@@ -22,7 +22,7 @@ use crate::{
     pb,
 };
 
-/// Flags of `keyward call_audit verify`.
+/// Flags of `keyward audit verify`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct AuditVerifyArgs {
     /// Verify an exported or archived file; no server is asked
@@ -64,21 +64,21 @@ impl AuditVerifyArgs {
     }
 
     async fn verify_on_server(&self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        let question = pb::VerifyAuditLogRequest {
+        let request = pb::VerifyAuditLogRequest {
             from_revision: self.from,
             to_revision: self.to,
             expect_revision: self.expect.map(|expect| expect.revision.0),
             expect_hash: self.expect.map(|expect| expect.hash.to_vec()).unwrap_or_default(),
             chain_only: self.chain_only,
         };
-        let answer = cx
+        let response = cx
             .connect()?
-            .call_audit(DefaultTimeout::FullScan, question, async |mut client, request| {
+            .call_audit(DefaultTimeout::FullScan, request, async |mut client, request| {
                 client.verify(request).await
             })
             .await?;
-        cx.print_response(&answer, |_| format_report(&answer))?;
-        Ok(u8::from(!answer.valid))
+        cx.print_response(&response, |_| format_report(&response))?;
+        Ok(u8::from(!response.valid))
     }
 }
 
@@ -119,30 +119,30 @@ fn check_expected_entry(expect: Option<LogPosition>, whole: &LogExportSummary) -
     }
 }
 
-fn format_report(answer: &pb::VerifyAuditLogResponse) -> String {
-    let mut lines = vec![if answer.valid {
+fn format_report(response: &pb::VerifyAuditLogResponse) -> String {
+    let mut lines = vec![if response.valid {
         "The log is whole.".to_owned()
     } else {
         "THE LOG IS NOT WHOLE, OR THE DATABASE DOES NOT AGREE WITH IT.".to_owned()
     }];
-    if answer.broken_at > 0 || !answer.problem.is_empty() {
-        lines.push(format!("entry {}: {}", answer.broken_at, escape_terminal(&answer.problem)));
+    if response.broken_at > 0 || !response.problem.is_empty() {
+        lines.push(format!("entry {}: {}", response.broken_at, escape_terminal(&response.problem)));
     }
     lines.push(format!(
         "verified: {} entries, from {} to {}:{}",
-        answer.entries,
-        answer.first_revision,
-        answer.last_revision,
-        HexBytes(&answer.last_hash)
+        response.entries,
+        response.first_revision,
+        response.last_revision,
+        HexBytes(&response.last_hash)
     ));
-    lines.push(format!("head: {}:{}", answer.head, HexBytes(&answer.head_hash)));
-    if let Some(made) = &answer.checkpoint {
+    lines.push(format!("head: {}:{}", response.head, HexBytes(&response.head_hash)));
+    if let Some(made) = &response.checkpoint {
         let told =
             format!("archived: {} entries, up to {}:{}", made.entries, made.revision, HexBytes(&made.hash));
         lines.push(told);
     }
-    lines.push(format!("records of the database that agree with it: {}", answer.records));
-    for one in &answer.mismatches {
+    lines.push(format!("records of the database that agree with it: {}", response.records));
+    for one in &response.mismatches {
         lines.push(format!(
             "{}, entry {}: {}",
             escape_terminal(&one.record),
@@ -150,7 +150,7 @@ fn format_report(answer: &pb::VerifyAuditLogResponse) -> String {
             escape_terminal(&one.problem)
         ));
     }
-    lines.extend(format_expected_entry(answer.expected()).map(str::to_owned));
+    lines.extend(format_expected_entry(response.expected()).map(str::to_owned));
     lines.join("\n") + "\n"
 }
 
@@ -189,13 +189,13 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_told_before_the_figures() {
-        let answer = pb::VerifyAuditLogResponse {
+        let response = pb::VerifyAuditLogResponse {
             broken_at: 3,
             problem: "it was changed".into(),
             expected: pb::ExpectedEntry::Lost.into(),
             ..Default::default()
         };
-        let text = format_report(&answer);
+        let text = format_report(&response);
         assert!(text.starts_with("THE LOG IS NOT WHOLE"), "{text}");
         assert!(text.contains("entry 3: it was changed") && text.contains("ENDS BEFORE"), "{text}");
     }

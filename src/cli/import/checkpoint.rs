@@ -121,7 +121,7 @@ impl ImportCheckpoint {
             Err(error) if error.kind() == ErrorKind::NotFound => (ImportProgress::default(), false),
             Err(error) => return Err(read_error(&progress_path, &error)),
         };
-        let mut journal = ImportCheckpoint {
+        let mut checkpoint = ImportCheckpoint {
             progress,
             file_path: file.to_owned(),
             progress_path,
@@ -131,12 +131,12 @@ impl ImportCheckpoint {
             rejected_digest: Sha256::new(),
         };
         if resumed {
-            journal.check_unchanged()?;
+            checkpoint.check_unchanged()?;
         }
-        journal.reopen_rejected_file(resumed)?;
+        checkpoint.reopen_rejected_file(resumed)?;
         // From now on, a run that ends early is one to continue, however early it ends.
-        journal.save()?;
-        Ok(journal)
+        checkpoint.save()?;
+        Ok(checkpoint)
     }
 
     fn check_unchanged(&mut self) -> Result<(), CliError> {
@@ -364,9 +364,9 @@ mod tests {
     fn mended_rejected_rows_are_never_overwritten() {
         let folder = tempfile::tempdir().unwrap();
         let path = file(&folder, "sha256\na\nb\n");
-        let mut journal = ImportCheckpoint::open(&path, None).unwrap();
-        journal.record_batch(&done(2, 9, vec![rejected(2, "a")]), &separated(',', "sha256")).unwrap();
-        let (progress, kept) = (journal.progress_path().to_owned(), journal.rejected_path().to_owned());
+        let mut checkpoint = ImportCheckpoint::open(&path, None).unwrap();
+        checkpoint.record_batch(&done(2, 9, vec![rejected(2, "a")]), &separated(',', "sha256")).unwrap();
+        let (progress, kept) = (checkpoint.progress_path().to_owned(), checkpoint.rejected_path().to_owned());
         for mended in ["sha256\nmended\n".to_owned(), "sha256\nmended\n".repeat(20)] {
             fs::write(&kept, &mended).unwrap();
             for why in ["has changed since it was written", "exists from an earlier import"] {
@@ -394,17 +394,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let long = format!("sha256\n{}", "a\n".repeat(READ_CHUNK_BYTES));
         let path = file(&folder, &long);
-        let mut journal = ImportCheckpoint::open(&path, None).unwrap();
+        let mut checkpoint = ImportCheckpoint::open(&path, None).unwrap();
         let end = long.len() as u64;
-        journal.record_batch(&done(9, end, Vec::new()), &separated(',', "sha256")).unwrap();
+        checkpoint.record_batch(&done(9, end, Vec::new()), &separated(',', "sha256")).unwrap();
         file(&folder, &(long[..long.len() - 2].to_owned() + "b\n"));
         let error = ImportCheckpoint::open(&path, None).unwrap_err().to_string();
         assert!(error.contains("has changed since"), "the last row too: {error}");
-        fs::remove_file(journal.progress_path()).unwrap();
+        fs::remove_file(checkpoint.progress_path()).unwrap();
 
         file(&folder, "sha256\na\nb\n");
-        let mut journal = ImportCheckpoint::open(&path, None).unwrap();
-        journal.record_batch(&done(2, 9, Vec::new()), &separated(',', "sha256")).unwrap();
+        let mut checkpoint = ImportCheckpoint::open(&path, None).unwrap();
+        checkpoint.record_batch(&done(2, 9, Vec::new()), &separated(',', "sha256")).unwrap();
         for other in ["sha256\nx\nb\n", "sha256\n"] {
             file(&folder, other);
             let error = ImportCheckpoint::open(&path, None).unwrap_err().to_string();
@@ -421,9 +421,11 @@ mod tests {
     #[test]
     fn rejected_rows_are_separated_as_their_file_is() {
         let folder = tempfile::tempdir().unwrap();
-        let mut journal = ImportCheckpoint::open(&file(&folder, "sha256;name\na;b\n"), None).unwrap();
-        journal.record_batch(&done(2, 16, vec![rejected(2, "a;b")]), &separated(';', "sha256;name")).unwrap();
-        let text = fs::read_to_string(journal.rejected_path()).unwrap();
+        let mut checkpoint = ImportCheckpoint::open(&file(&folder, "sha256;name\na;b\n"), None).unwrap();
+        checkpoint
+            .record_batch(&done(2, 16, vec![rejected(2, "a;b")]), &separated(';', "sha256;name"))
+            .unwrap();
+        let text = fs::read_to_string(checkpoint.rejected_path()).unwrap();
         let row = "2;INVALID_REQUEST;\"scopes: \"\"x\"\", no\";a;b\n";
         assert_eq!(text, format!("line;error;message;sha256;name\n{row}"));
     }
@@ -432,8 +434,8 @@ mod tests {
     fn an_import_of_one_line_goes_on_within_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = file(&folder, "[{},{}]");
-        let mut journal = ImportCheckpoint::open(&path, None).unwrap();
-        journal.record_batch(&done(0, 3, Vec::new()), &RowDialect::Json(JsonLayout::Array)).unwrap();
+        let mut checkpoint = ImportCheckpoint::open(&path, None).unwrap();
+        checkpoint.record_batch(&done(0, 3, Vec::new()), &RowDialect::Json(JsonLayout::Array)).unwrap();
         assert_eq!(
             ImportCheckpoint::open(&path, None).unwrap().resume_position(),
             Some(FilePosition { bytes: 3, lines: 0 })

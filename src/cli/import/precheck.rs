@@ -127,14 +127,14 @@ impl<R: Read + Seek> Utf8Reader<R> {
 }
 
 impl<R: Read + Seek> Read for Utf8Reader<R> {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while !self.decoder_finished {
             let source = self.text.fill_and_peek(1)?;
             let is_end = source.is_empty();
             let (result, read, written) =
-                self.decoder.decode_to_utf8_without_replacement(source, room, is_end);
+                self.decoder.decode_to_utf8_without_replacement(source, buffer, is_end);
             self.text.consume(read);
-            self.scan_text(&room[..written])
+            self.scan_text(&buffer[..written])
                 .map_err(|problem| io::Error::new(ErrorKind::InvalidData, problem))?;
             match result {
                 DecoderResult::Malformed(..) => {
@@ -170,21 +170,24 @@ mod tests {
     #[test]
     fn a_file_in_an_old_encoding_is_refused_once_with_its_line_and_the_flag_that_reads_it() {
         let file = [b"sha256,name\r\nab,caf\xe9\r\n".to_vec(), b"ab,caf\xe9\r\n".repeat(100_000)].concat();
-        let told = problem(&file, None, WholeFileSyntax::Rows).unwrap();
-        assert!(told.contains("line 2 is not UTF-8") && told.contains("--encoding windows-1252"), "{told}");
+        let message = problem(&file, None, WholeFileSyntax::Rows).unwrap();
+        assert!(
+            message.contains("line 2 is not UTF-8") && message.contains("--encoding windows-1252"),
+            "{message}"
+        );
         assert_eq!(problem(&file, Some(WINDOWS_1252), WholeFileSyntax::Rows), None);
     }
 
     #[test]
     fn zeros_workbooks_and_archives_are_refused_by_what_they_are() {
-        for (file, said) in [
+        for (file, expected) in [
             (&b"sha256\nab\n\0\0\0\0"[..], "line 3 holds a zero byte"),
             (b"PK\x03\x04rest", "Excel workbook"),
             (b"\xd0\xcf\x11\xe0rest", "old Excel workbook"),
             (b"\x1f\x8b\x08rest", "gunzip"),
         ] {
-            let told = problem(file, None, WholeFileSyntax::Rows).unwrap();
-            assert!(told.contains(said), "{told}");
+            let message = problem(file, None, WholeFileSyntax::Rows).unwrap();
+            assert!(message.contains(expected), "{message}");
         }
         for good in [&b""[..], b"a", b"PK", &encoded("a,\u{e9}\n", UTF_16LE)] {
             assert_eq!(problem(good, None, WholeFileSyntax::Rows), None, "{good:?}");
@@ -193,8 +196,9 @@ mod tests {
 
     #[test]
     fn broken_json_is_refused_once_with_its_place_and_without_its_text() {
-        let told = problem(b"[\n{\"a\": 1},\n{\"kw_secret\"}\n]", None, WholeFileSyntax::JsonValue).unwrap();
-        assert!(told.contains("line 3 column") && !told.contains("kw_secret"), "{told}");
+        let message =
+            problem(b"[\n{\"a\": 1},\n{\"kw_secret\"}\n]", None, WholeFileSyntax::JsonValue).unwrap();
+        assert!(message.contains("line 3 column") && !message.contains("kw_secret"), "{message}");
         assert!(
             problem(b"[{}] x", None, WholeFileSyntax::JsonValue).unwrap().contains("trailing characters")
         );

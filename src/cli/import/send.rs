@@ -94,9 +94,9 @@ pub(super) async fn send_batch(
     while !pending.is_empty() {
         let keys = pending.iter().map(|(_, _, key)| key.clone()).collect();
         let trouble = match call(pb::ImportKeysRequest { keys }).await {
-            Ok(answer) => {
+            Ok(response) => {
                 attempts.server_answered.set(true);
-                apply_results(&mut pending, answer, &mut done)?
+                apply_results(&mut pending, response, &mut done)?
             }
             Err(failure)
                 if failure.exit_code() == EXIT_UNANSWERED
@@ -120,14 +120,14 @@ type PendingRows = Vec<(u64, String, pb::ImportKey)>;
 /// Sorts the results; what the server could not do stays pending, with why.
 fn apply_results(
     pending: &mut PendingRows,
-    answer: pb::ImportKeysResponse,
+    response: pb::ImportKeysResponse,
     done: &mut BatchResult,
 ) -> Result<Option<CliError>, CliError> {
-    if answer.results.len() != pending.len() {
+    if response.results.len() != pending.len() {
         return Err(CliError::new("the server answered with another number of results than there were rows"));
     }
     let mut trouble = None;
-    for ((line, raw, key), result) in std::mem::take(pending).into_iter().zip(answer.results) {
+    for ((line, raw, key), result) in std::mem::take(pending).into_iter().zip(response.results) {
         let pb::ImportResult { error, message, replayed, .. } = result;
         match error.as_str() {
             "" if replayed => done.there_already += 1,
@@ -173,10 +173,10 @@ mod tests {
         names: &[&str],
         answers: Vec<Result<Vec<&str>, CliError>>,
     ) -> (Vec<Vec<String>>, Result<BatchResult, String>) {
-        let (asked, answers) = (RefCell::new(Vec::new()), RefCell::new(answers.into_iter()));
+        let (sent_names, answers) = (RefCell::new(Vec::new()), RefCell::new(answers.into_iter()));
         let attempts = RetryState { retry_delays: &[Duration::ZERO; 3], ..RetryState::default() };
         let done = send_batch(batch(names), &attempts, async |request| {
-            asked.borrow_mut().push(request.keys.into_iter().filter_map(|key| key.name).collect());
+            sent_names.borrow_mut().push(request.keys.into_iter().filter_map(|key| key.name).collect());
             let errors = answers.borrow_mut().next().unwrap_or_else(|| Err(CliError::refused("no more")))?;
             let results = errors.iter().map(|error| pb::ImportResult {
                 error: error.trim_start_matches(REPLAYED).to_owned(),
@@ -187,7 +187,7 @@ mod tests {
             Ok(pb::ImportKeysResponse { results: results.collect() })
         })
         .await;
-        (asked.into_inner(), done.map_err(|failure| failure.to_string()))
+        (sent_names.into_inner(), done.map_err(|failure| failure.to_string()))
     }
 
     fn told(done: &BatchResult) -> (u64, u64, Vec<(u64, &str)>) {
@@ -197,8 +197,8 @@ mod tests {
 
     #[tokio::test]
     async fn rows_that_fail_stop_no_other() {
-        let (asked, done) = played(&["a", "", "b", "c"], vec![Ok(vec!["", "KEY_NAME_TAKEN", ""])]).await;
-        assert_eq!(asked, [["a", "b", "c"]]);
+        let (sent_names, done) = played(&["a", "", "b", "c"], vec![Ok(vec!["", "KEY_NAME_TAKEN", ""])]).await;
+        assert_eq!(sent_names, [["a", "b", "c"]]);
         assert_eq!(told(&done.unwrap()), (2, 0, vec![(3, "UNREADABLE"), (4, "KEY_NAME_TAKEN")]));
     }
 
@@ -216,8 +216,8 @@ mod tests {
             Err(CliError::new("cannot reach the server")),
             Ok(vec![REPLAYED, ""]),
         ];
-        let (asked, done) = played(&["a", "b", "c"], answers).await;
-        assert_eq!(asked, [vec!["a", "b", "c"], vec!["b", "c"], vec!["b", "c"]]);
+        let (sent_names, done) = played(&["a", "b", "c"], answers).await;
+        assert_eq!(sent_names, [vec!["a", "b", "c"], vec!["b", "c"], vec!["b", "c"]]);
         assert_eq!(told(&done.unwrap()), (2, 1, vec![]));
     }
 
@@ -237,37 +237,37 @@ mod tests {
         let server = crate::config::client::ServerUrl::parse("http://localhost:1").unwrap();
         let unknown = CliError::from_status(&tonic::Status::unavailable("unknown"), &server);
         let answers = vec![Err(unknown), Ok(vec!["", ""])];
-        let (asked, done) = played(&["a", "b"], answers).await;
-        assert_eq!(asked.len(), 2);
+        let (sent_names, done) = played(&["a", "b"], answers).await;
+        assert_eq!(sent_names.len(), 2);
         assert_eq!(told(&done.unwrap()), (2, 0, vec![]));
     }
 
     #[tokio::test]
     async fn trouble_that_does_not_end_stops_the_import_and_says_where() {
-        let (asked, done) = played(&["a"], (0..9).map(|_| Ok(vec!["STORE_FULL"])).collect()).await;
-        assert_eq!(asked.len(), 4, "once, and after each pause");
+        let (sent_names, done) = played(&["a"], (0..9).map(|_| Ok(vec!["STORE_FULL"])).collect()).await;
+        assert_eq!(sent_names.len(), 4, "once, and after each pause");
         assert!(done.unwrap_err().contains("line 2: about STORE_FULL (STORE_FULL)"));
     }
 
     #[tokio::test]
     async fn a_server_that_never_answered_is_not_waited_for() {
-        let (asked, done) = played(&["a"], vec![Err(CliError::new("cannot reach it"))]).await;
-        assert_eq!(asked.len(), 1);
+        let (sent_names, done) = played(&["a"], vec![Err(CliError::new("cannot reach it"))]).await;
+        assert_eq!(sent_names.len(), 1);
         assert!(done.unwrap_err().contains("cannot reach it"));
     }
 
     #[tokio::test]
     async fn keys_that_have_ended_are_counted_and_not_sent() {
-        let (asked, done) = played(&["expired", "a", "revoked"], vec![Ok(vec![""])]).await;
-        assert_eq!(asked, [["a"]]);
+        let (sent_names, done) = played(&["expired", "a", "revoked"], vec![Ok(vec![""])]).await;
+        assert_eq!(sent_names, [["a"]]);
         let done = done.unwrap();
         assert_eq!((done.imported, done.expired, done.inactive, done.rejected.len()), (1, 1, 1, 0));
     }
 
     #[tokio::test]
     async fn a_batch_of_unreadable_rows_asks_nothing() {
-        let (asked, done) = played(&["", ""], vec![]).await;
-        assert!(asked.is_empty());
+        let (sent_names, done) = played(&["", ""], vec![]).await;
+        assert!(sent_names.is_empty());
         assert_eq!(done.unwrap().rejected.len(), 2);
     }
 }

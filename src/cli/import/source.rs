@@ -106,15 +106,15 @@ impl ReadOptions {
 impl RowDialect {
     fn detect<R: Read + Seek>(
         text: &mut TextReader<R>,
-        reading: &ReadOptions,
+        options: &ReadOptions,
     ) -> Result<RowDialect, CliError> {
-        if reading.format == ImportFormat::Csv {
-            return Ok(RowDialect::Separated(CsvHeader::read_from(text, &reading.columns)?));
+        if options.format == ImportFormat::Csv {
+            return Ok(RowDialect::Separated(CsvHeader::read_from(text, &options.columns)?));
         }
         let layout = JsonLayout::detect(text)?;
         let start = text.position();
         if let Some(JsonObject { fields: Ok(fields), .. }) = layout.next_object(text)? {
-            check_json_fields(&fields, &reading.columns)?;
+            check_json_fields(&fields, &options.columns)?;
         }
         text.seek_to(start)?;
         Ok(RowDialect::Json(layout))
@@ -125,23 +125,23 @@ impl<R: Read + Seek> RowSource<R> {
     /// Reads the header, if there is one, and goes to where the rows begin or continue.
     pub(super) fn open(
         input: R,
-        reading: ReadOptions,
+        options: ReadOptions,
         from: Option<FilePosition>,
     ) -> Result<RowSource<R>, CliError> {
         let is_simple =
             |encoding: &&'static Encoding| encoding.is_single_byte() || encoding.name().starts_with("UTF-");
-        if reading.format == ImportFormat::Json
-            && reading.encoding.as_ref().is_some_and(|named| !is_simple(named))
+        if options.format == ImportFormat::Json
+            && options.encoding.as_ref().is_some_and(|named| !is_simple(named))
         {
             return Err(CliError::new("JSON is UTF-8, UTF-16 or in an encoding of one byte a character"));
         }
-        let mut text = TextReader::open(input, reading.encoding)?;
-        let dialect = RowDialect::detect(&mut text, &reading)?;
+        let mut text = TextReader::open(input, options.encoding)?;
+        let dialect = RowDialect::detect(&mut text, &options)?;
         if let Some(from) = from.filter(|from| from.bytes > text.position().bytes) {
             text.seek_to(from)?;
         }
         let before = text.position();
-        Ok(RowSource { text, dialect, options: reading, deferred_row: None, next_row_start: before })
+        Ok(RowSource { text, dialect, options, deferred_row: None, next_row_start: before })
     }
 
     /// Checks the names of all columns, those of every JSON object too. Gives the flags that name no field of a JSON
@@ -221,7 +221,7 @@ fn unreadable_row(problem: &str) -> RowSkipReason {
 fn read_cells(
     cells: &[String],
     columns: &[(String, ImportColumn)],
-    reading: &ReadOptions,
+    options: &ReadOptions,
 ) -> Result<pb::ImportKey, RowSkipReason> {
     let surplus = cells.get(columns.len()..).unwrap_or_default();
     if cells.len() < columns.len() || surplus.iter().any(|cell| !cell.trim().is_empty()) {
@@ -231,14 +231,14 @@ fn read_cells(
     for ((name, column), cell) in columns.iter().zip(cells) {
         draft.set_text(*column, cell).map_err(|problem| format!("{name}: {problem}"))?;
     }
-    draft.into_key(&reading.defaults, reading.now)
+    draft.into_key(&options.defaults, options.now)
 }
 
 /// Reads an object of a JSON file.
-fn read_fields(fields: JsonFields, reading: &ReadOptions) -> Result<pb::ImportKey, RowSkipReason> {
+fn read_fields(fields: JsonFields, options: &ReadOptions) -> Result<pb::ImportKey, RowSkipReason> {
     let (mut draft, mut seen) = (KeyDraft::default(), Vec::new());
     for (name, value) in fields.0 {
-        let column = reading.columns.resolve(&name).ok_or_else(|| {
+        let column = options.columns.resolve(&name).ok_or_else(|| {
             format!("unknown field {name:?}; the fields are {}", ImportColumn::list_names())
         })?;
         if !column.may_repeat() && seen.contains(&column) {
@@ -247,7 +247,7 @@ fn read_fields(fields: JsonFields, reading: &ReadOptions) -> Result<pb::ImportKe
         seen.push(column);
         draft.set_json(column, value).map_err(|problem| format!("{name}: {problem}"))?;
     }
-    draft.into_key(&reading.defaults, reading.now)
+    draft.into_key(&options.defaults, options.now)
 }
 
 #[cfg(test)]
@@ -263,7 +263,7 @@ mod tests {
         format: ImportFormat,
         from: Option<FilePosition>,
     ) -> Result<RowSource<Cursor<Vec<u8>>>, String> {
-        let reading = ReadOptions {
+        let options = ReadOptions {
             format,
             encoding: None,
             columns: ColumnNameArgs::default(),
@@ -271,7 +271,7 @@ mod tests {
             now: Timestamp::from_micros(0),
         };
         let input = Cursor::new(file.as_bytes().to_vec());
-        RowSource::open(input, reading, from).map_err(|failure| failure.to_string())
+        RowSource::open(input, options, from).map_err(|failure| failure.to_string())
     }
 
     fn problem(row: &ImportRow) -> &str {

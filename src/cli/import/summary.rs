@@ -78,18 +78,18 @@ impl ToJson for ImportSummary {
 
 impl ImportSummary {
     pub(super) fn new(
-        journal: &ImportCheckpoint,
+        checkpoint: &ImportCheckpoint,
         problems: &RowProblems,
         complete: bool,
         rows_now: u64,
         duration: Duration,
     ) -> ImportSummary {
-        let progress = &journal.progress;
-        let path = journal.rejected_path().display().to_string();
+        let progress = &checkpoint.progress;
+        let path = checkpoint.rejected_path().display().to_string();
         ImportSummary {
             complete,
             lines: progress.lines,
-            rows: journal.rows_done(),
+            rows: checkpoint.rows_done(),
             imported: progress.imported,
             there_already: progress.there_already,
             expired: progress.expired,
@@ -103,7 +103,7 @@ impl ImportSummary {
         }
     }
 
-    pub(super) fn to_table(&self, journal: &ImportCheckpoint) -> DetailTable {
+    pub(super) fn to_table(&self, checkpoint: &ImportCheckpoint) -> DetailTable {
         let file = self.rejected_file.as_ref();
         let rejected = file.map_or_else(|| "0".to_owned(), |file| format!("{}, see {file}", self.rejected));
         let some = |count: u64, what: &str| {
@@ -126,7 +126,7 @@ impl ImportSummary {
         }
         let record = record.field("rows done", self.rows.to_string());
         if self.rows_now == 0 && self.complete {
-            let hint = format!("nothing; {} says that all is done", journal.progress_path().display());
+            let hint = format!("nothing; {} says that all is done", checkpoint.progress_path().display());
             return record.field("this time", hint);
         }
         let ImportSummary { rows_now, seconds, rows_per_second, .. } = self;

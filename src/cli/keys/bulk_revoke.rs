@@ -1,4 +1,4 @@
-//! `keyward keys bulk-revoke_all_batches`: many keys at once, as often as the server says that there are more.
+//! `keyward keys bulk-revoke`: many keys at once, as often as the server says that there are more.
 
 use std::fmt;
 
@@ -52,7 +52,7 @@ impl fmt::Display for KeyOwnerArgs {
     }
 }
 
-/// Flags of `keyward keys bulk-revoke_all_batches`.
+/// Flags of `keyward keys bulk-revoke`.
 #[derive(Debug, Args)]
 #[command(after_help = BULK_REVOKE_HELP)]
 pub(in crate::cli) struct BulkRevokeArgs {
@@ -88,16 +88,16 @@ impl BulkRevokeArgs {
             cx.console.needs_confirmation(self.yes)?;
         }
         let session = cx.connect()?;
-        let question = self.build_request(&SystemClock);
+        let request = self.build_request(&SystemClock);
         if self.dry_run {
-            let answer = call_bulk_revoke(&session, question).await?;
-            cx.print_response(&answer, |colours| render_results(&answer.keys, true, colours))?;
-            cx.console.eprint(&format!("{} would be revoked; none was.\n", format_found_count(&answer)));
+            let response = call_bulk_revoke(&session, request).await?;
+            cx.print_response(&response, |colors| render_results(&response.keys, true, colors))?;
+            cx.console.eprint(&format!("{} would be revoked; none was.\n", format_found_count(&response)));
             return Ok(0);
         }
         if cx.console.needs_confirmation(self.yes)? {
             let meant =
-                call_bulk_revoke(&session, pb::BulkRevokeKeysRequest { dry_run: true, ..question.clone() })
+                call_bulk_revoke(&session, pb::BulkRevokeKeysRequest { dry_run: true, ..request.clone() })
                     .await?;
             if meant.keys.is_empty() {
                 cx.print_response(&meant, |_| "No keys.\n".to_owned())?;
@@ -109,7 +109,7 @@ impl BulkRevokeArgs {
             )?;
         }
         let (all, failure) =
-            revoke_all_batches(async || call_bulk_revoke(&session, question.clone()).await).await;
+            revoke_all_batches(async || call_bulk_revoke(&session, request.clone()).await).await;
         print_report(cx, &all)?;
         failure.map_or(Ok(exit_code(&all)), Err)
     }
@@ -131,10 +131,10 @@ impl BulkRevokeArgs {
 
 async fn call_bulk_revoke(
     session: &ApiClient,
-    question: pb::BulkRevokeKeysRequest,
+    request: pb::BulkRevokeKeysRequest,
 ) -> Result<pb::BulkRevokeKeysResponse, CliError> {
     session
-        .call_keys(DefaultTimeout::Propagation, question, async |mut client, request| {
+        .call_keys(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.bulk_revoke(request).await
         })
         .await
@@ -146,17 +146,17 @@ async fn revoke_all_batches(
 ) -> (pb::BulkRevokeKeysResponse, Option<CliError>) {
     let mut all = pb::BulkRevokeKeysResponse::default();
     loop {
-        let answer = match ask().await {
-            Ok(answer) => answer,
+        let response = match ask().await {
+            Ok(response) => response,
             Err(failure) => return (all, Some(failure)),
         };
         // A key that failed is asked for again with the next call: what came of it last counts.
         all.keys.retain(|key| key.revoked);
-        let progress = answer.keys.iter().any(|key| key.revoked);
-        all.keys.extend(answer.keys);
-        all.revision = all.revision.max(answer.revision);
-        all.propagation = answer.propagation;
-        all.more = answer.more;
+        let progress = response.keys.iter().any(|key| key.revoked);
+        all.keys.extend(response.keys);
+        all.revision = all.revision.max(response.revision);
+        all.propagation = response.propagation;
+        all.more = response.more;
         if !all.more {
             return (all, None);
         }
@@ -168,8 +168,8 @@ async fn revoke_all_batches(
 }
 
 fn print_report(cx: &mut CommandContext<'_>, all: &pb::BulkRevokeKeysResponse) -> Result<(), CliError> {
-    cx.print_response(all, |colours| {
-        let table = render_results(&all.keys, false, colours);
+    cx.print_response(all, |colors| {
+        let table = render_results(&all.keys, false, colors);
         if all.keys.iter().any(|key| key.revoked) {
             return table + "\n" + &text_output::format_propagation(all.revision, all.propagation.as_ref());
         }
@@ -189,17 +189,17 @@ fn exit_code(all: &pb::BulkRevokeKeysResponse) -> u8 {
 }
 
 /// How many keys a dry run has found.
-fn format_found_count(answer: &pb::BulkRevokeKeysResponse) -> String {
-    let more = if answer.more { "more than " } else { "" };
-    format!("{more}{}", format_key_count(answer.keys.len(), ""))
+fn format_found_count(response: &pb::BulkRevokeKeysResponse) -> String {
+    let more = if response.more { "more than " } else { "" };
+    format!("{more}{}", format_key_count(response.keys.len(), ""))
 }
 
 fn format_key_count(count: usize, then: &str) -> String {
     format!("{count} {}{then}", if count == 1 { "key" } else { "keys" })
 }
 
-fn render_results(results: &[pb::BulkRevokeResult], dry_run: bool, colours: bool) -> String {
-    let mut rows = ListTable::new(&["ID", "NAME", "OWNER", "ENVIRONMENT", "HINT", "RESULT"], colours);
+fn render_results(results: &[pb::BulkRevokeResult], dry_run: bool, colors: bool) -> String {
+    let mut rows = ListTable::new(&["ID", "NAME", "OWNER", "ENVIRONMENT", "HINT", "RESULT"], colors);
     for result in results {
         let nothing = pb::Key::default();
         let key = result.key.as_ref().unwrap_or(&nothing);
@@ -279,11 +279,11 @@ mod tests {
     #[test]
     fn flags_become_the_request() {
         let line = "--user ada -e dev --created-before 1d --name-prefix ci --reason owner-left --dry-run";
-        let asked =
+        let request =
             read(line).unwrap().build_request(&ManualClock::new(Timestamp::from_micros(100_000_000_000)));
-        assert_eq!((asked.user.as_str(), asked.environment.as_str()), ("ada", "dev"));
-        assert_eq!(asked.created_before.map(|at| at.seconds), Some(100_000 - 86_400));
-        assert_eq!((asked.reason(), asked.dry_run), (pb::RevokeReason::OwnerLeft, true));
+        assert_eq!((request.user.as_str(), request.environment.as_str()), ("ada", "dev"));
+        assert_eq!(request.created_before.map(|at| at.seconds), Some(100_000 - 86_400));
+        assert_eq!((request.reason(), request.dry_run), (pb::RevokeReason::OwnerLeft, true));
     }
 
     #[tokio::test]
@@ -314,10 +314,10 @@ mod tests {
 
     #[test]
     fn a_dry_run_counts_and_says_when_there_are_more() {
-        let answer = |keys, more| pb::BulkRevokeKeysResponse { keys, more, ..Default::default() };
-        assert_eq!(format_found_count(&answer(vec![result("1", "")], false)), "1 key");
+        let response = |keys, more| pb::BulkRevokeKeysResponse { keys, more, ..Default::default() };
+        assert_eq!(format_found_count(&response(vec![result("1", "")], false)), "1 key");
         assert_eq!(
-            format_found_count(&answer(vec![result("1", ""), result("2", "")], true)),
+            format_found_count(&response(vec![result("1", ""), result("2", "")], true)),
             "more than 2 keys"
         );
         assert!(render_results(&[result("1", "")], true, false).contains("would be revoked"));

@@ -1,4 +1,4 @@
-//! `keyward call_keys disable`, `enable`, `rotate`, `finish-rotation` and `revoke`.
+//! `keyward keys disable`, `enable`, `rotate`, `finish-rotation` and `revoke`.
 
 use std::time::Duration;
 
@@ -24,11 +24,11 @@ pub(super) fn render_changed_key(
     key: Option<&pb::Key>,
     revision: u64,
     propagation: Option<&pb::Propagation>,
-    colours: bool,
+    colors: bool,
 ) -> String {
     format!(
         "{}\n{}",
-        describe_key_or_empty(key).render(colours),
+        describe_key_or_empty(key).render(colors),
         text_output::format_propagation(revision, propagation)
     )
 }
@@ -38,14 +38,14 @@ macro_rules! define_key_change {
     ($(#[$doc:meta])* $name:ident, $request:ident) => {
         $(#[$doc])*
         pub(super) async fn $name(cx: &mut CommandContext<'_>, id: String) -> Result<u8, CliError> {
-            let answer = cx
+            let response = cx
                 .connect()?
                 .call_keys(DefaultTimeout::Propagation, pb::$request { id }, async |mut client, request| {
                     client.$name(request).await
                 })
                 .await?;
-            cx.print_response(&answer, |colours| {
-                render_changed_key(answer.key.as_ref(), answer.revision, answer.propagation.as_ref(), colours)
+            cx.print_response(&response, |colors| {
+                render_changed_key(response.key.as_ref(), response.revision, response.propagation.as_ref(), colors)
             })?;
             Ok(0)
         }
@@ -65,7 +65,7 @@ define_key_change!(
     finish_rotation, FinishRotationRequest
 );
 
-/// Flags of `keyward call_keys finish-rotation`.
+/// Flags of `keyward keys finish-rotation`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct FinishRotationArgs {
     #[command(flatten)]
@@ -96,7 +96,7 @@ struct OldTokenArgs {
     now: bool,
 }
 
-/// Flags of `keyward call_keys rotate`.
+/// Flags of `keyward keys rotate`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct KeyRotateArgs {
     #[command(flatten)]
@@ -113,22 +113,22 @@ pub(in crate::cli) struct KeyRotateArgs {
 impl KeyRotateArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         let session = cx.connect()?;
-        let delivery = TokenDestination::prepare(&self.token_output)?;
-        let question = pb::RotateKeyRequest {
+        let destination = TokenDestination::prepare(&self.token_output)?;
+        let request = pb::RotateKeyRequest {
             id: self.key.id,
             overlap: self.old_token.overlap.map(duration_to_proto),
             idempotency_key: self.idempotency_key,
         };
-        let answer = session
-            .call_keys(DefaultTimeout::Propagation, question, async |mut client, request| {
+        let response = session
+            .call_keys(DefaultTimeout::Propagation, request, async |mut client, request| {
                 client.rotate(request).await
             })
             .await?;
-        delivery.deliver(cx, answer)
+        destination.deliver(cx, response)
     }
 }
 
-/// Flags of `keyward call_keys revoke`.
+/// Flags of `keyward keys revoke`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Once this is done, every check that starts afterwards is refused, on every replica. \
@@ -151,19 +151,24 @@ pub(in crate::cli) struct KeyRevokeArgs {
 impl KeyRevokeArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         cx.console.confirm(&format!("Revoke key {} for ever?", shown_value(&self.key.id)), self.yes)?;
-        let question = pb::RevokeKeyRequest {
+        let request = pb::RevokeKeyRequest {
             id: self.key.id,
             reason: self.reason.map_or(pb::RevokeReason::Unspecified, Into::into).into(),
             comment: self.comment.unwrap_or_default(),
         };
-        let answer = cx
+        let response = cx
             .connect()?
-            .call_keys(DefaultTimeout::Propagation, question, async |mut client, request| {
+            .call_keys(DefaultTimeout::Propagation, request, async |mut client, request| {
                 client.revoke(request).await
             })
             .await?;
-        cx.print_response(&answer, |colours| {
-            render_changed_key(answer.key.as_ref(), answer.revision, answer.propagation.as_ref(), colours)
+        cx.print_response(&response, |colors| {
+            render_changed_key(
+                response.key.as_ref(),
+                response.revision,
+                response.propagation.as_ref(),
+                colors,
+            )
         })?;
         Ok(0)
     }

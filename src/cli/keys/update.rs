@@ -1,4 +1,4 @@
-//! `keyward call_keys call_update`: the flags that are given are the update mask.
+//! `keyward keys update`: the flags that are given are the update mask.
 //!
 //! The server takes no expected revision with an update. So a change of some scopes is read back after a while, and made
 //! again if somebody else, who had read the scopes before it, has overwritten it.
@@ -106,7 +106,7 @@ impl ScopeChangeArgs {
     }
 }
 
-/// Flags of `keyward call_keys call_update`.
+/// Flags of `keyward keys update`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "A flag replaces the whole field: --scope a:b leaves the key with that scope alone, and \
@@ -129,7 +129,7 @@ pub(in crate::cli) struct KeyUpdateArgs {
 
 impl KeyUpdateArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        let mut question = build_request(&self, &SystemClock)?;
+        let mut request = build_request(&self, &SystemClock)?;
         let session = cx.connect()?;
         let before = match (self.scope_changes.has_changes(), self.policy.scopes.is_empty()) {
             (true, _) => Some(read_key(&session, &self.key.id).await?),
@@ -137,15 +137,14 @@ impl KeyUpdateArgs {
             (false, false) => read_key(&session, &self.key.id).await.ok(),
             (false, true) => None,
         };
-        if let (true, Some(before), Some(key)) =
-            (self.scope_changes.has_changes(), &before, &mut question.key)
+        if let (true, Some(before), Some(key)) = (self.scope_changes.has_changes(), &before, &mut request.key)
         {
             key.scopes = self.scope_changes.apply_checked(before)?;
         }
-        let mut answer = call_update(&session, question).await?;
+        let mut response = call_update(&session, request).await?;
         // Before anything else is done: it tells of the changes since this key was read.
         let between = match &before {
-            Some(before) => find_concurrent_change(&session, before, answer.revision).await,
+            Some(before) => find_concurrent_change(&session, before, response.revision).await,
             None => None,
         };
         if self.scope_changes.has_changes() {
@@ -153,18 +152,18 @@ impl KeyUpdateArgs {
                 wait_for_other_writers().await;
                 read_key(&session, &self.key.id).await
             };
-            let again = async |question| call_update(&session, question).await;
-            answer = reapply_until_kept(&self.scope_changes, answer, keep, again).await?;
+            let again = async |request| call_update(&session, request).await;
+            response = reapply_until_kept(&self.scope_changes, response, keep, again).await?;
         }
-        cx.print_response(&answer, |colours| {
+        cx.print_response(&response, |colors| {
             state_change::render_changed_key(
-                answer.key.as_ref(),
-                answer.revision,
-                answer.propagation.as_ref(),
-                colours,
+                response.key.as_ref(),
+                response.revision,
+                response.propagation.as_ref(),
+                colors,
             )
         })?;
-        if let (Some(before), Some(after)) = (&before, &answer.key) {
+        if let (Some(before), Some(after)) = (&before, &response.key) {
             cx.console.eprint(&describe_scope_diff(&before.scopes, &after.scopes));
             between.into_iter().for_each(|between| cx.console.eprint(&between));
         }
@@ -186,10 +185,10 @@ async fn wait_for_other_writers() {
 
 async fn call_update(
     session: &ApiClient,
-    question: pb::UpdateKeyRequest,
+    request: pb::UpdateKeyRequest,
 ) -> Result<pb::UpdateKeyResponse, CliError> {
     session
-        .call_keys(DefaultTimeout::Propagation, question, async |mut client, request| {
+        .call_keys(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.update(request).await
         })
         .await
@@ -198,7 +197,7 @@ async fn call_update(
 /// Reads a key until a change of its scopes is in it, and makes the change again where it is not. Gives the last answer.
 async fn reapply_until_kept(
     change: &ScopeChangeArgs,
-    mut answer: pb::UpdateKeyResponse,
+    mut response: pb::UpdateKeyResponse,
     mut read_later: impl AsyncFnMut() -> Result<pb::Key, CliError>,
     mut update: impl AsyncFnMut(pb::UpdateKeyRequest) -> Result<pb::UpdateKeyResponse, CliError>,
 ) -> Result<pb::UpdateKeyResponse, CliError> {
@@ -207,15 +206,15 @@ async fn reapply_until_kept(
             .await
             .map_err(|failure| failure.with_context("the scopes were changed; reading them back"))?;
         if change.is_applied_to(&key.scopes) {
-            return Ok(answer);
+            return Ok(response);
         }
         if tried < MAX_ATTEMPTS {
             // The scopes alone: what else was changed with them is not written over later changes.
             let paths = vec![ClearableField::Scopes.mask_path().to_owned()];
             let key = pb::Key { scopes: change.apply_to(&key.scopes), id: key.id, ..Default::default() };
-            let question =
+            let request =
                 pb::UpdateKeyRequest { key: Some(key), update_mask: Some(prost_types::FieldMask { paths }) };
-            answer = update(question).await.map_err(|failure| {
+            response = update(request).await.map_err(|failure| {
                 failure.with_context("another change has overwritten this one of the scopes; making it again")
             })?;
         }
@@ -226,11 +225,11 @@ async fn reapply_until_kept(
 }
 
 async fn read_key(session: &ApiClient, id: &str) -> Result<pb::Key, CliError> {
-    let question = pb::GetKeyRequest { id: id.to_owned() };
-    let answer = session
-        .call_keys(DefaultTimeout::Quick, question, async |mut client, request| client.get(request).await)
+    let request = pb::GetKeyRequest { id: id.to_owned() };
+    let response = session
+        .call_keys(DefaultTimeout::Quick, request, async |mut client, request| client.get(request).await)
         .await?;
-    answer.key.ok_or_else(|| CliError::new("the server's answer holds no key"))
+    response.key.ok_or_else(|| CliError::new("the server's answer holds no key"))
 }
 
 /// The scopes that a key has lost, and those that it has gained.
@@ -249,18 +248,18 @@ fn describe_scope_diff(before: &[String], after: &[String]) -> String {
 /// A warning of a change that somebody else made between the reading of a key and the change of this revision. The
 /// server takes no expected revision with an update, so the audit log is asked, if the caller may read it.
 async fn find_concurrent_change(session: &ApiClient, before: &pb::Key, revision: u64) -> Option<String> {
-    let question = pb::ListAuditEntriesRequest {
+    let request = pb::ListAuditEntriesRequest {
         key_id: before.id.clone(),
         oldest_first: true,
         after_revision: before.revision,
         page_size: Some(2),
         ..Default::default()
     };
-    let answer = session
-        .call_audit(DefaultTimeout::Quick, question, async |mut client, request| client.list(request).await)
+    let response = session
+        .call_audit(DefaultTimeout::Quick, request, async |mut client, request| client.list(request).await)
         .await
         .ok()?;
-    format_overwrite_warning(&answer.entries, revision)
+    format_overwrite_warning(&response.entries, revision)
 }
 
 /// The warning of the first of a key's entries that comes before the change of this revision.
@@ -410,9 +409,9 @@ mod tests {
                 others.next().into_iter().for_each(|other| *stored.borrow_mut() = scopes(other));
                 Ok(pb::Key { scopes: stored.borrow().clone(), ..Default::default() })
             },
-            async |question| {
-                assert_eq!(question.update_mask.unwrap().paths, ["scopes"]);
-                *stored.borrow_mut() = question.key.unwrap().scopes;
+            async |request| {
+                assert_eq!(request.update_mask.unwrap().paths, ["scopes"]);
+                *stored.borrow_mut() = request.key.unwrap().scopes;
                 writes.set(writes.get() + 1);
                 Ok(pb::UpdateKeyResponse::default())
             },

@@ -1,4 +1,4 @@
-//! `keyward call_keys usage`: how often a key was allowed and denied, as bars.
+//! `keyward keys usage`: how often a key was allowed and denied, as bars.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -27,7 +27,7 @@ const EIGHTHS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'
 /// So many steps without a Check are told in one line.
 const MIN_COLLAPSED_STEPS: i64 = 4;
 
-/// Flags of `keyward call_keys usage`.
+/// Flags of `keyward keys usage`.
 #[derive(Debug, Args)]
 #[command(after_help = "Counts are kept by the hour for 90 days. Times are UTC.
 
@@ -59,15 +59,15 @@ fn parse_step(text: &str) -> Result<Duration, String> {
 
 impl KeyUsageArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        let (step, question) = (step_seconds(self.step), self.build_request(&SystemClock));
-        let from = question.from.map_or(0, |from| from.seconds);
-        let answer = cx
+        let (step, request) = (step_seconds(self.step), self.build_request(&SystemClock));
+        let from = request.from.map_or(0, |from| from.seconds);
+        let response = cx
             .connect()?
-            .call_keys(DefaultTimeout::Quick, question, async |mut client, request| {
+            .call_keys(DefaultTimeout::Quick, request, async |mut client, request| {
                 client.usage(request).await
             })
             .await?;
-        cx.print_response(&answer, |colours| render_usage(&answer, from, step, colours))?;
+        cx.print_response(&response, |colors| render_usage(&response, from, step, colors))?;
         Ok(0)
     }
 
@@ -103,19 +103,19 @@ fn step_seconds(step: Duration) -> i64 {
 }
 
 /// The bars, the sums, and the reasons of the denials.
-fn render_usage(answer: &pb::KeyUsageResponse, from: i64, step: i64, colours: bool) -> String {
-    if answer.buckets.is_empty() {
+fn render_usage(response: &pb::KeyUsageResponse, from: i64, step: i64, colors: bool) -> String {
+    if response.buckets.is_empty() {
         return "No checks.\n".to_owned();
     }
-    let most = answer.buckets.iter().map(|bucket| bucket.allowed.saturating_add(bucket.denied)).max();
+    let most = response.buckets.iter().map(|bucket| bucket.allowed.saturating_add(bucket.denied)).max();
     let (scale, mut at, mut text) = (most.unwrap_or(0).max(1), from, String::new());
-    for bucket in &answer.buckets {
+    for bucket in &response.buckets {
         let start = bucket.start.map_or(at, |start| start.seconds);
         text.push_str(&render_idle_steps(at, start, step));
-        text.push_str(&render_step(start, step, bucket, scale, colours));
+        text.push_str(&render_step(start, step, bucket, scale, colors));
         at = start.saturating_add(step);
     }
-    text + "\n" + &render_totals(answer, colours)
+    text + "\n" + &render_totals(response, colors)
 }
 
 /// The steps from `at` up to `start`, in which nothing was asked.
@@ -134,9 +134,9 @@ fn format_step_start(start: i64, step: i64) -> String {
     format!("{:16}", instant.get(..length).unwrap_or(&instant).replace('T', " "))
 }
 
-fn render_step(start: i64, step: i64, bucket: &pb::UsageBucket, scale: u64, colours: bool) -> String {
-    let allowed = colorize(&render_allowed_bar(bucket.allowed, scale), "32", colours);
-    let denied = colorize(&render_denied_bar(bucket.denied, scale), "31", colours);
+fn render_step(start: i64, step: i64, bucket: &pb::UsageBucket, scale: u64, colors: bool) -> String {
+    let allowed = colorize(&render_allowed_bar(bucket.allowed, scale), "32", colors);
+    let denied = colorize(&render_denied_bar(bucket.denied, scale), "31", colors);
     let mut counts = bucket.allowed.to_string();
     if bucket.denied > 0 {
         counts.push_str(&format!(" + {} denied", bucket.denied));
@@ -163,17 +163,17 @@ fn scale_to_width(count: u64, width: u64, scale: u64) -> u64 {
     u64::try_from(share).unwrap_or(width).clamp(u64::from(count > 0), width)
 }
 
-fn colorize(text: &str, code: &str, colours: bool) -> String {
-    if colours && !text.is_empty() { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
+fn colorize(text: &str, code: &str, colors: bool) -> String {
+    if colors && !text.is_empty() { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
 }
 
-fn render_totals(answer: &pb::KeyUsageResponse, colours: bool) -> String {
+fn render_totals(response: &pb::KeyUsageResponse, colors: bool) -> String {
     let mut reasons: BTreeMap<i32, u64> = BTreeMap::new();
-    for count in answer.buckets.iter().flat_map(|bucket| &bucket.denied_by_reason) {
+    for count in response.buckets.iter().flat_map(|bucket| &bucket.denied_by_reason) {
         *reasons.entry(count.reason).or_default() += count.count;
     }
-    let mut text = format!("{}  {}\n", colorize("allowed", "32", colours), answer.allowed);
-    text.push_str(&format!("{}   {}\n", colorize("denied", "31", colours), answer.denied));
+    let mut text = format!("{}  {}\n", colorize("allowed", "32", colors), response.allowed);
+    text.push_str(&format!("{}   {}\n", colorize("denied", "31", colors), response.denied));
     for (reason, count) in reasons {
         let word = pb::Reason::try_from(reason).map_or_else(|_| format!("reason {reason}"), format_reason);
         text.push_str(&format!("  {word}: {count}\n"));
@@ -209,7 +209,7 @@ mod tests {
         pb::UsageBucket { start, allowed, denied, denied_by_reason }
     }
 
-    fn answer(buckets: Vec<pb::UsageBucket>) -> pb::KeyUsageResponse {
+    fn response(buckets: Vec<pb::UsageBucket>) -> pb::KeyUsageResponse {
         let allowed = buckets.iter().map(|bucket| bucket.allowed).sum();
         let denied = buckets.iter().map(|bucket| bucket.denied).sum();
         pb::KeyUsageResponse { buckets, allowed, denied }
@@ -240,7 +240,7 @@ mod tests {
     #[test]
     fn the_longest_bar_is_full_and_the_least_is_seen() {
         let text = render_usage(
-            &answer(vec![bucket(0, 1_000_000, 0), bucket(SECONDS_PER_HOUR, 1, 1)]),
+            &response(vec![bucket(0, 1_000_000, 0), bucket(SECONDS_PER_HOUR, 1, 1)]),
             0,
             SECONDS_PER_HOUR,
             false,
@@ -253,20 +253,20 @@ mod tests {
     #[test]
     fn steps_without_a_check_are_shown_and_many_of_them_in_one_line() {
         let text = render_usage(
-            &answer(vec![bucket(2 * SECONDS_PER_DAY, 1, 0), bucket(10 * SECONDS_PER_DAY, 1, 0)]),
+            &response(vec![bucket(2 * SECONDS_PER_DAY, 1, 0), bucket(10 * SECONDS_PER_DAY, 1, 0)]),
             0,
             SECONDS_PER_DAY,
             false,
         );
         assert!(text.starts_with("1970-01-01        0\n1970-01-02        0\n1970-01-03        █"), "{text}");
         assert!(text.contains("7 steps without a check\n1970-01-11"), "{text}");
-        assert_eq!(render_usage(&answer(vec![]), 0, SECONDS_PER_DAY, false), "No checks.\n");
+        assert_eq!(render_usage(&response(vec![]), 0, SECONDS_PER_DAY, false), "No checks.\n");
     }
 
     #[test]
     fn denials_are_summed_by_reason() {
         let text = render_usage(
-            &answer(vec![bucket(0, 5, 2), bucket(SECONDS_PER_HOUR, 1, 3)]),
+            &response(vec![bucket(0, 5, 2), bucket(SECONDS_PER_HOUR, 1, 3)]),
             0,
             SECONDS_PER_HOUR,
             false,
@@ -276,7 +276,7 @@ mod tests {
 
     #[test]
     fn colours_come_only_where_they_are_wanted() {
-        let usage = answer(vec![bucket(0, 5, 2)]);
+        let usage = response(vec![bucket(0, 5, 2)]);
         assert!(!render_usage(&usage, 0, SECONDS_PER_HOUR, false).contains('\u{1b}'));
         assert!(
             render_usage(&usage, 0, SECONDS_PER_HOUR, true).contains("\u{1b}[32m")
@@ -291,7 +291,7 @@ mod tests {
             from: i64,
         ) {
             let buckets = starts.iter().map(|(at, a, d)| bucket(*at, u64::from(*a), u64::from(*d))).collect();
-            for line in render_usage(&answer(buckets), from, SECONDS_PER_HOUR, false).lines() {
+            for line in render_usage(&response(buckets), from, SECONDS_PER_HOUR, false).lines() {
                 prop_assert!(line.chars().count() < 120, "{line}");
             }
         }

@@ -111,8 +111,8 @@ impl RoleApplyArgs {
             let change = diff_role(&role, there.get(&(role.account.clone(), role.name.clone())));
             let DesiredRole { name, account, scopes } = role;
             if change.change != RoleChangeKind::Unchanged && !self.dry_run {
-                let question = pb::PutRoleRequest { account, name, scopes };
-                if let Err(failure) = put_role(session, question).await {
+                let request = pb::PutRoleRequest { account, name, scopes };
+                if let Err(failure) = put_role(session, request).await {
                     failed = Some(failure.with_context(&format!("role {}", change.name)));
                     break;
                 }
@@ -120,7 +120,7 @@ impl RoleApplyArgs {
             report.roles.push(change);
         }
         // What was done is told even when the rest was not.
-        cx.print_response(&report, |colours| render_report(&report, colours))?;
+        cx.print_response(&report, |colors| render_report(&report, colors))?;
         failed.map_or(Ok(()), Err)
     }
 }
@@ -174,10 +174,10 @@ fn diff_role(wanted: &DesiredRole, there: Option<&Vec<String>>) -> RoleChange {
     RoleChange { account, name: wanted.name.clone(), change, added, removed }
 }
 
-fn render_report(report: &RoleApplyReport, colours: bool) -> String {
-    let mut rows = ListTable::new(&["NAME", "ACCOUNT", "CHANGE", "SCOPES"], colours);
+fn render_report(report: &RoleApplyReport, colors: bool) -> String {
+    let mut rows = ListTable::new(&["NAME", "ACCOUNT", "CHANGE", "SCOPES"], colors);
     for change in &report.roles {
-        let (word, colour) = match (change.change, report.dry_run) {
+        let (word, color) = match (change.change, report.dry_run) {
             (RoleChangeKind::Created, false) => ("created", Some(Color::Green)),
             (RoleChangeKind::Created, true) => ("would be created", Some(Color::Green)),
             (RoleChangeKind::Changed, false) => ("changed", Some(Color::Yellow)),
@@ -190,7 +190,7 @@ fn render_report(report: &RoleApplyReport, colours: bool) -> String {
         rows.add_row([
             plain_cell(&change.name),
             plain_cell(format_role_owner(change.account.as_deref().unwrap_or_default())),
-            (word.to_owned(), colour),
+            (word.to_owned(), color),
             plain_cell(escape_terminal(&scopes.join(" "))),
         ]);
     }

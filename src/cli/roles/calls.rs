@@ -10,10 +10,10 @@ use crate::{
 
 pub(super) async fn put_role(
     session: &ApiClient,
-    question: pb::PutRoleRequest,
+    request: pb::PutRoleRequest,
 ) -> Result<pb::PutRoleResponse, CliError> {
     session
-        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
+        .call_accounts(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.put_role(request).await
         })
         .await
@@ -25,10 +25,10 @@ pub(super) async fn fetch_all_roles(
     account: String,
 ) -> Result<pb::ListRolesResponse, CliError> {
     let mut all = pb::ListRolesResponse::default();
-    let mut question = pb::ListRolesRequest { account, ..Default::default() };
+    let mut request = pb::ListRolesRequest { account, ..Default::default() };
     loop {
         let page = session
-            .call_accounts(DefaultTimeout::Quick, question.clone(), async |mut client, request| {
+            .call_accounts(DefaultTimeout::Quick, request.clone(), async |mut client, request| {
                 client.list_roles(request).await
             })
             .await?;
@@ -36,7 +36,7 @@ pub(super) async fn fetch_all_roles(
         if page.next_page_token.is_empty() {
             return Ok(all);
         }
-        question.page_token = page.next_page_token;
+        request.page_token = page.next_page_token;
     }
 }
 

@@ -7,9 +7,9 @@ use crate::cli::table::{DetailTable, ListTable, plain_cell};
 
 impl RulesExplanation {
     /// For people.
-    pub(in crate::cli) fn to_text(&self, colours: bool) -> String {
+    pub(in crate::cli) fn to_text(&self, colors: bool) -> String {
         let line = self.rule.as_ref().map_or(0, |rule| rule.rule.line);
-        let (verdict, colour) = match self.outcome {
+        let (verdict, color) = match self.outcome {
             RulesOutcome::Decided => (format!("the rule in line {line} decides"), Color::Green),
             RulesOutcome::Denied => ("denied with 403: no rule is for such a request".to_owned(), Color::Red),
             RulesOutcome::Refused => {
@@ -17,7 +17,7 @@ impl RulesExplanation {
                 (format!("refused with 400: {problem}"), Color::Red)
             }
         };
-        let record = DetailTable::new().colored_field("verdict", verdict, Some(colour));
+        let record = DetailTable::new().colored_field("verdict", verdict, Some(color));
         let record = self.rule.iter().fold(record, |record, rule| record.merge(rule.to_table()));
         // What can be read in two ways is refused before any rule is looked at, in every mode.
         let ruled = self.outcome == RulesOutcome::Denied
@@ -28,12 +28,12 @@ impl RulesExplanation {
             }
             _ => self.mode.to_text(),
         };
-        let text = record.field("mode", mode).render(colours);
-        if self.passed_over.is_empty() { text } else { text + "\n" + &self.render_skipped_rules(colours) }
+        let text = record.field("mode", mode).render(colors);
+        if self.passed_over.is_empty() { text } else { text + "\n" + &self.render_skipped_rules(colors) }
     }
 
-    fn render_skipped_rules(&self, colours: bool) -> String {
-        let mut rows = ListTable::new(&["LINE", "IS FOR", "METHODS", "PATH", "HOSTS"], colours);
+    fn render_skipped_rules(&self, colors: bool) -> String {
+        let mut rows = ListTable::new(&["LINE", "IS FOR", "METHODS", "PATH", "HOSTS"], colors);
         for SkippedRule { rule, mismatch } in &self.passed_over {
             let RuleSummary { line, hosts, methods, path } = rule;
             let cells = [&line.to_string(), mismatch, methods, path, &hosts.join(", ")];

@@ -1,4 +1,4 @@
-//! `keyward accounts`: the organisations that own keys.
+//! `keyward accounts`: creates, lists and changes accounts, the organizations that own keys.
 
 use clap::{Args, Subcommand};
 
@@ -13,18 +13,17 @@ use super::{
 };
 use crate::pb;
 
-/// `keyward accounts ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum AccountsCommand {
     /// Create an account
     Create {
-        /// 1-64 characters of [A-Za-z0-9_-]; generated when it is left out
+        /// 1-64 characters of [A-Za-z0-9_-] [default: generated]
         #[arg(long)]
         id: Option<String>,
         /// Name for people [default: the id]
         #[arg(long)]
         name: Option<String>,
-        /// The longest that its keys may live: a duration (90d, 1y), or never for no limit [default: never]
+        /// The longest lifetime of its keys: a duration (90d, 1y), or never for no limit [default: never]
         #[arg(long, value_name = "DURATION", value_parser = LifetimeArg::parse)]
         longest_life: Option<LifetimeArg>,
     },
@@ -35,26 +34,25 @@ pub(super) enum AccountsCommand {
         #[command(flatten)]
         page: PageArgs,
     },
-    /// Change an account's name, or how long its keys may live
+    /// Change an account's name, or the longest lifetime of its keys
     Update {
         #[command(flatten)]
         account: AccountIdArgs,
         #[command(flatten)]
         change: AccountChangeArgs,
     },
-    /// Refuse every key of an account, until it is resumed
+    /// Refuse every key of an account until it is resumed
     Suspend {
         #[command(flatten)]
         account: AccountIdArgs,
-        /// Do not ask first
+        /// Do not ask for confirmation
         #[arg(long, short)]
         yes: bool,
     },
-    /// End what suspend began
+    /// Accept the keys of a suspended account again
     Resume(AccountIdArgs),
 }
 
-/// Which account.
 #[derive(Debug, Args)]
 pub(super) struct AccountIdArgs {
     /// The account's id
@@ -62,23 +60,24 @@ pub(super) struct AccountIdArgs {
     id: String,
 }
 
-/// What of an account to change.
+/// The changes of an account; at least one is required.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
 pub(super) struct AccountChangeArgs {
-    /// The new name
+    /// The account's new name, for people
     #[arg(long)]
     name: Option<String>,
-    /// The longest that keys may live which are made, or given another expiry, from now on: a duration (90d,
-    /// 1y), or never for no limit
+    /// The longest lifetime of keys that are created, or given another expiry, from now on: a duration (90d, 1y), or
+    /// never for no limit
     #[arg(long, value_name = "DURATION", value_parser = LifetimeArg::parse)]
     longest_life: Option<LifetimeArg>,
 }
 
 impl AccountsCommand {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        if let AccountsCommand::Suspend { account: one, yes } = &self {
-            cx.console.confirm(&format!("Refuse every key of account {}?", shown_value(&one.id)), *yes)?;
+        if let AccountsCommand::Suspend { account, yes } = &self {
+            cx.console
+                .confirm(&format!("Refuse every key of account {}?", shown_value(&account.id)), *yes)?;
         }
         let session = cx.connect()?;
         match self {
@@ -90,13 +89,13 @@ impl AccountsCommand {
                 };
                 create_account(cx, &session, request).await
             }
-            AccountsCommand::Get(one) => get_account(cx, &session, one.id).await,
+            AccountsCommand::Get(account) => get_account(cx, &session, account.id).await,
             AccountsCommand::List { page } => list_accounts(cx, &session, &page).await,
-            AccountsCommand::Update { account: one, change } => {
-                update_account(cx, &session, change.into_request(one.id)).await
+            AccountsCommand::Update { account, change } => {
+                update_account(cx, &session, change.into_request(account.id)).await
             }
-            AccountsCommand::Suspend { account: one, .. } => suspend_account(cx, &session, one.id).await,
-            AccountsCommand::Resume(one) => resume_account(cx, &session, one.id).await,
+            AccountsCommand::Suspend { account, .. } => suspend_account(cx, &session, account.id).await,
+            AccountsCommand::Resume(account) => resume_account(cx, &session, account.id).await,
         }
         .map(|()| 0)
     }

@@ -1,4 +1,4 @@
-//! `keyward completions`: what a shell needs to complete the other commands.
+//! `keyward completions`: prints a shell's completion script for all commands.
 
 use clap::{Args, Command};
 use clap_complete::Shell;
@@ -11,7 +11,7 @@ use super::{console::Console, error::CliError};
     after_help = "Example: keyward completions bash > ~/.local/share/bash-completion/completions/keyward"
 )]
 pub(super) struct CompletionsArgs {
-    /// The shell to complete in
+    /// The shell that runs the script
     shell: Shell,
 }
 

@@ -1,5 +1,6 @@
-//! `keyward health`: whether a server answers Checks, by its admin pages. For the health check of a container, which
-//! holds no shell and no other program to ask with.
+//! `keyward health`: asks a server's admin page whether it answers Checks.
+//!
+//! It serves as the health check of a container image that has no shell and no HTTP client.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -10,15 +11,15 @@ use std::{
 use super::{console::Console, error::CliError};
 use crate::config::health::HealthArgs;
 
-/// The longest answer that is read: a page of one line.
+/// The longest response that is read; the page is one line.
 const MAX_READYZ_BYTES: u64 = 4096;
 
-/// Asks `/readyz`: 0 ready, 1 not ready, 2 no answer.
+/// Requests `/readyz`. Exit codes: 0 ready, 1 not ready, 2 no answer.
 pub(super) fn run(args: &HealthArgs, console: &mut Console) -> Result<u8, CliError> {
     let address = &args.admin_listen;
     let response = request_readyz(address, args.timeout).map_err(|error| {
         CliError::new(format!("no answer from http://{address}/readyz: {error}")).with_hint(
-            "is the server running? --admin-listen or KEYWARD_ADMIN_LISTEN says where its admin pages are",
+            "is the server running? --admin-listen or KEYWARD_ADMIN_LISTEN names its admin address",
         )
     })?;
     match parse_status_code(&response) {
@@ -26,32 +27,32 @@ pub(super) fn run(args: &HealthArgs, console: &mut Console) -> Result<u8, CliErr
             console.print("ready\n")?;
             Ok(0)
         }
-        Some("503") => Err(CliError::refused("not ready: the server lives and answers no Checks")),
+        Some("503") => Err(CliError::refused("not ready: the server runs, but answers no Checks")),
         _ => Err(CliError::new(format!("http://{address}/readyz is not an admin page of Keyward"))),
     }
 }
 
-fn request_readyz(address: &str, patience: Duration) -> io::Result<String> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "it has no address");
+fn request_readyz(address: &str, timeout: Duration) -> io::Result<String> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, patience) {
-            Ok(stream) => return send_readyz_request(stream, patience),
+        match TcpStream::connect_timeout(&address, timeout) {
+            Ok(stream) => return send_readyz_request(stream, timeout),
             Err(error) => last = error,
         }
     }
     Err(last)
 }
 
-fn send_readyz_request(mut stream: TcpStream, patience: Duration) -> io::Result<String> {
-    stream.set_read_timeout(Some(patience))?;
-    stream.set_write_timeout(Some(patience))?;
+fn send_readyz_request(mut stream: TcpStream, timeout: Duration) -> io::Result<String> {
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
     stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: keyward\r\nconnection: close\r\n\r\n")?;
     let mut response = Vec::new();
     stream.take(MAX_READYZ_BYTES).read_to_end(&mut response)?;
     Ok(String::from_utf8_lossy(&response).into_owned())
 }
 
-/// The status code of an HTTP/1.1 answer.
+/// Returns the status code of an HTTP/1.1 response.
 fn parse_status_code(response: &str) -> Option<&str> {
     response.strip_prefix("HTTP/1.1 ")?.get(..3)
 }

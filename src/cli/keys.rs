@@ -1,4 +1,4 @@
-//! `keyward keys`: the life of a key, from create to revoke.
+//! `keyward keys`: creates, shows, changes, revokes and imports keys.
 
 mod args;
 mod bulk_revoke;
@@ -16,32 +16,31 @@ use super::{
 };
 use crate::pb;
 
-/// `keyward keys ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum KeysCommand {
     /// Create a key; its token is shown once
     Create(create::KeyCreateArgs),
-    /// Show one key
+    /// Show one key with all its fields
     Get(KeyIdArgs),
     /// List the keys of an account or user, newest first
     List(list::KeyListArgs),
-    /// Change what a key is called, may do and is limited to
+    /// Change a key's name, scopes, restrictions or limits
     Update(update::KeyUpdateArgs),
     /// Refuse a key until it is enabled again
     Disable(KeyIdArgs),
-    /// End what disable began
+    /// Accept a disabled key again
     Enable(KeyIdArgs),
     /// Give a key a new token, shown once; the old one stops at once (--now) or after an overlap (--overlap)
     Rotate(state_change::KeyRotateArgs),
     /// End a rotation's overlap now: the old token stops
     FinishRotation(state_change::FinishRotationArgs),
-    /// Refuse a key for ever
+    /// Revoke a key permanently
     Revoke(state_change::KeyRevokeArgs),
-    /// Refuse many keys for ever: those of an account, a user, or everyone
+    /// Revoke many keys permanently: those of an account, of a user, or of all accounts
     BulkRevoke(bulk_revoke::BulkRevokeArgs),
-    /// Take in keys made elsewhere, by the SHA-256 of their tokens, from a file of any size
+    /// Import keys that another system issued, by the SHA-256 of their tokens, from a file of any size
     Import(import::KeyImportArgs),
-    /// Draw how often a key was allowed and denied, step by step
+    /// Show as a chart how often a key was allowed and denied
     Usage(usage::KeyUsageArgs),
     /// Show the key that a token belongs to
     Lookup(KeyLookupArgs),
@@ -58,11 +57,11 @@ impl KeysCommand {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         match self {
             KeysCommand::Create(args) => args.run(cx).await,
-            KeysCommand::Get(one) => get_key(cx, one.id).await,
+            KeysCommand::Get(key) => get_key(cx, key.id).await,
             KeysCommand::List(args) => args.run(cx).await,
             KeysCommand::Update(args) => args.run(cx).await,
-            KeysCommand::Disable(one) => state_change::disable(cx, one.id).await,
-            KeysCommand::Enable(one) => state_change::enable(cx, one.id).await,
+            KeysCommand::Disable(key) => state_change::disable(cx, key.id).await,
+            KeysCommand::Enable(key) => state_change::enable(cx, key.id).await,
             KeysCommand::Rotate(args) => args.run(cx).await,
             KeysCommand::FinishRotation(args) => args.run(cx).await,
             KeysCommand::Revoke(args) => args.run(cx).await,

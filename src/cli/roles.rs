@@ -1,4 +1,4 @@
-//! `keyward roles`: named sets of scopes, of one account or global.
+//! `keyward roles`: manages roles, the named sets of scopes of an account or of all accounts.
 
 mod apply;
 mod calls;
@@ -15,19 +15,17 @@ use super::{
 };
 use crate::pb;
 
-/// `keyward roles ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum RolesCommand {
-    /// Make a role, or change what it grants
+    /// Create a role, or replace the scopes that it grants
     Put {
         #[command(flatten)]
         role: RoleIdArgs,
-        /// Scope that the role grants: monitors:read, monitors:*, or all (repeat, or separate by commas); they
-        /// replace what it granted before
+        /// Scope that the role grants: monitors:read, monitors:*, or all (repeat, or separate by commas)
         #[arg(long = "scope", short, value_name = "SCOPE", value_delimiter = ',', required = true)]
         scopes: Vec<String>,
     },
-    /// List the global roles, or those of an account with the global ones
+    /// List the global roles, or the roles of an account and the global ones
     List {
         #[command(flatten)]
         owner: RoleOwnerArgs,
@@ -36,23 +34,21 @@ pub(super) enum RolesCommand {
     Delete {
         #[command(flatten)]
         role: RoleIdArgs,
-        /// Do not ask first
+        /// Do not ask for confirmation
         #[arg(long, short)]
         yes: bool,
     },
-    /// Make or change all roles of a TOML file; doing it again changes nothing
+    /// Create or change all roles of a TOML file; repeating it changes nothing
     Apply(apply::RoleApplyArgs),
 }
 
-/// Whose role.
 #[derive(Debug, Args)]
 pub(super) struct RoleOwnerArgs {
-    /// The account whose role it is [default: a global role]
+    /// The account that has the role [default: a global role]
     #[arg(long, value_name = "ID")]
     account: Option<String>,
 }
 
-/// Which role.
 #[derive(Debug, Args)]
 pub(super) struct RoleIdArgs {
     /// The role's name: 1-64 characters of [a-z0-9_-]
@@ -64,18 +60,18 @@ pub(super) struct RoleIdArgs {
 
 impl RolesCommand {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        if let RolesCommand::Delete { role: one, yes } = &self {
-            let home = format_role_owner(one.owner.account.as_deref().unwrap_or_default());
+        if let RolesCommand::Delete { role, yes } = &self {
+            let owner = format_role_owner(role.owner.account.as_deref().unwrap_or_default());
             cx.console.confirm(
-                &format!("Delete role {} ({})?", shown_value(&one.name), shown_value(&home)),
+                &format!("Delete role {} ({})?", shown_value(&role.name), shown_value(&owner)),
                 *yes,
             )?;
         }
         let session = cx.connect()?;
         match self {
-            RolesCommand::Put { role: one, scopes } => put_and_show_role(cx, &session, one, scopes).await,
-            RolesCommand::List { owner: home } => list_and_show_roles(cx, &session, home).await,
-            RolesCommand::Delete { role: one, .. } => delete_role(cx, &session, one).await,
+            RolesCommand::Put { role, scopes } => put_and_show_role(cx, &session, role, scopes).await,
+            RolesCommand::List { owner } => list_and_show_roles(cx, &session, owner).await,
+            RolesCommand::Delete { role, .. } => delete_role(cx, &session, role).await,
             RolesCommand::Apply(args) => args.run(cx, &session).await,
         }
         .map(|()| 0)
@@ -85,11 +81,11 @@ impl RolesCommand {
 async fn put_and_show_role(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
-    one: RoleIdArgs,
+    role: RoleIdArgs,
     scopes: Vec<String>,
 ) -> Result<(), CliError> {
-    let account = one.owner.account.unwrap_or_default();
-    let response = put_role(session, pb::PutRoleRequest { account, name: one.name, scopes }).await?;
+    let account = role.owner.account.unwrap_or_default();
+    let response = put_role(session, pb::PutRoleRequest { account, name: role.name, scopes }).await?;
     cx.print_response(&response, |colors| {
         let role = response.role.as_ref().map_or_else(DetailTable::new, describe_role).render(colors);
         role + "\n" + &text_output::format_propagation(response.revision, response.propagation.as_ref())
@@ -99,18 +95,18 @@ async fn put_and_show_role(
 async fn list_and_show_roles(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
-    home: RoleOwnerArgs,
+    owner: RoleOwnerArgs,
 ) -> Result<(), CliError> {
-    let response = fetch_all_roles(session, home.account.unwrap_or_default()).await?;
+    let response = fetch_all_roles(session, owner.account.unwrap_or_default()).await?;
     cx.print_response(&response, |colors| render_roles(&response.roles, colors))
 }
 
 async fn delete_role(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
-    one: RoleIdArgs,
+    role: RoleIdArgs,
 ) -> Result<(), CliError> {
-    let request = pb::DeleteRoleRequest { account: one.owner.account.unwrap_or_default(), name: one.name };
+    let request = pb::DeleteRoleRequest { account: role.owner.account.unwrap_or_default(), name: role.name };
     let response = session
         .call_accounts(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.delete_role(request).await

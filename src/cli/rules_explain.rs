@@ -1,5 +1,6 @@
-//! What a rules file says of a request: which rule decides and why, in words and as JSON. It follows
-//! `gateway::Gateway::match_request` step by step for what can be known without a server and without a proxy.
+//! Explains which rule of a rules file decides a request, and why, as text and as JSON.
+//!
+//! It follows `gateway::Gateway::match_request` step by step, as far as that needs neither a server nor a proxy.
 
 mod text;
 
@@ -17,25 +18,24 @@ use crate::domain::{
     token::redact_tokens,
 };
 
-/// What `[gateway]` of the server's settings says.
+/// The defaults in `[gateway]` of the server's settings.
 pub(super) struct GatewayDefaults {
     pub(super) environment: Option<EnvironmentName>,
     pub(super) mode: EnforcementMode,
 }
 
-/// A request.
 pub(super) struct RulesTestRequest<'a> {
     pub(super) method: &'a str,
     pub(super) path: &'a str,
     pub(super) host: Option<&'a str>,
 }
 
-/// What `keyward rules check` found.
+/// The result of `keyward rules check`.
 #[derive(Debug, Serialize)]
 pub(super) struct RulesCheckReport {
     file: String,
     rules: usize,
-    /// Nothing wrong, and worth knowing.
+    /// Remarks about rules that are valid.
     notes: Vec<RuleNote>,
 }
 
@@ -45,37 +45,34 @@ struct RuleNote {
     text: &'static str,
 }
 
-/// Which way a request goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum RulesOutcome {
-    /// A rule decides.
     Decided,
-    /// No rule is for it.
+    /// No rule matches the request.
     Denied,
-    /// It is refused for how it is spelt.
+    /// The request's spelling is invalid or ambiguous.
     Refused,
 }
 
-/// A value, and where it comes from.
+/// A value and the name of its source.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct SourcedValue {
     value: Option<String>,
     from: String,
 }
 
-/// A request's verdict.
+/// The result of `keyward rules test`.
 #[derive(Debug, Serialize)]
 pub(super) struct RulesExplanation {
     outcome: RulesOutcome,
-    /// Why it is refused.
+    /// Why the request is refused.
     problem: Option<String>,
     mode: SourcedValue,
     rule: Option<DecidingRule>,
     passed_over: Vec<SkippedRule>,
 }
 
-/// The rule that decides.
 #[derive(Debug, Serialize)]
 struct DecidingRule {
     #[serde(flatten)]
@@ -90,7 +87,7 @@ struct DecidingRule {
     cost: SourcedValue,
 }
 
-/// A rule that comes earlier and does not match.
+/// A rule before the deciding one, and why it does not match.
 #[derive(Debug, Serialize)]
 struct SkippedRule {
     #[serde(flatten)]
@@ -98,7 +95,7 @@ struct SkippedRule {
     mismatch: String,
 }
 
-/// What a rule is for.
+/// The line of a rule and the requests that it matches.
 #[derive(Debug, Serialize)]
 struct RuleSummary {
     line: usize,
@@ -130,39 +127,37 @@ impl RuleSummary {
     }
 }
 
-const NO_ENVIRONMENT_SOURCE: &str = "nobody: its requests hear 503, unless the proxy's own configuration says one, or \
-                              [gateway] of the server's settings (--config FILE)";
+const NO_ENVIRONMENT_SOURCE: &str = "nobody: its requests get 503, unless the proxy's own configuration or [gateway] of \
+                              the server's settings (--config FILE) sets one";
 
 impl RulesCheckReport {
-    /// What there is to say of rules that are right.
+    /// Collects remarks about the rules of a valid file.
     pub(super) fn new(file: &str, book: &RuleBook, defaults: &GatewayDefaults) -> RulesCheckReport {
-        let nowhere = |rule: &&RouteRule| {
+        let lacks_environment = |rule: &&RouteRule| {
             rule.route.requirement != Some(RouteRequirement::Public)
                 && rule.route.environment.is_none()
                 && book.defaults.environment.is_none()
                 && defaults.environment.is_none()
         };
-        let note =
-            |rule: &RouteRule| RuleNote { line: rule.line, text: "no environment is said by anyone here" };
+        let note = |rule: &RouteRule| RuleNote { line: rule.line, text: "the rule has no environment" };
         RulesCheckReport {
             file: file.to_owned(),
             rules: book.rules.len(),
-            notes: book.rules.iter().filter(nowhere).map(note).collect(),
+            notes: book.rules.iter().filter(lacks_environment).map(note).collect(),
         }
     }
 
-    /// For people.
     pub(super) fn to_text(&self) -> String {
         let rules = if self.rules == 1 { "rule" } else { "rules" };
-        let head = format!("{}: {} {rules}, nothing wrong.\n", escape_terminal(&self.file), self.rules);
+        let head = format!("{}: {} {rules}, no problems.\n", escape_terminal(&self.file), self.rules);
         self.notes.iter().fold(head, |text, note| {
-            let RuleNote { line, text: said } = note;
-            text + &format!("note: line {line}: {said}; without one, its requests hear 503\n")
+            let RuleNote { line, text: remark } = note;
+            text + &format!("note: line {line}: {remark}; without one, its requests get 503\n")
         })
     }
 }
 
-/// What the rules say of a request.
+/// Finds the rule that decides a request.
 pub(super) fn explain(
     book: &RuleBook,
     defaults: &GatewayDefaults,
@@ -201,12 +196,13 @@ pub(super) fn explain(
     verdict
 }
 
-/// Path and host in the one spelling that rules see. No host is one that no rule names.
+/// Returns path and host in the canonical spelling that rules match. A missing host is empty, which no rule names.
 fn parse_path_and_host<'a>(request: &RulesTestRequest<'a>) -> Result<(CanonicalPath<'a>, String), String> {
-    let target = CanonicalPath::parse(request.path).map_err(|misspelt| misspelt.to_string())?;
-    let host = request.host.map(|host| path::normalize_host(host).ok_or("the host is none")).transpose()?;
+    let target = CanonicalPath::parse(request.path).map_err(|error| error.to_string())?;
+    let host =
+        request.host.map(|host| path::normalize_host(host).ok_or("the host is not valid")).transpose()?;
     if request.method.is_empty() {
-        return Err("the method is none".to_owned());
+        return Err("the method is empty".to_owned());
     }
     Ok((target, host.unwrap_or_default()))
 }
@@ -216,14 +212,14 @@ fn effective_mode(rule: Option<&RouteSpec>, book: &RuleBook, defaults: &GatewayD
         EnforcementMode::Enforce => "enforce".to_owned(),
         EnforcementMode::Shadow => "shadow".to_owned(),
     };
-    let said = rule.and_then(|route| route.mode);
-    effective_value(&said, &book.defaults.mode, word).unwrap_or_else(|| SourcedValue {
+    let mode = rule.and_then(|route| route.mode);
+    effective_value(&mode, &book.defaults.mode, word).unwrap_or_else(|| SourcedValue {
         value: Some(word(&defaults.mode)),
         from: "the server's settings".to_owned(),
     })
 }
 
-/// What the rule says, or else the file's defaults.
+/// Returns the rule's value, or else the one of the file's defaults.
 fn effective_value<T>(
     rule: &Option<T>,
     defaults: &Option<T>,
@@ -238,7 +234,6 @@ fn effective_value<T>(
 }
 
 impl RulesExplanation {
-    /// Whether a rule decides.
     pub(super) fn is_decided(&self) -> bool {
         self.outcome == RulesOutcome::Decided
     }
@@ -268,7 +263,7 @@ impl RulesExplanation {
         let environment = effective_value(&rule.route.environment, &defaults.environment, word)
             .or_else(|| {
                 effective_value(&None, &defaults.environment, word)
-                    .map(|said| SourcedValue { from: "[gateway]".into(), ..said })
+                    .map(|value| SourcedValue { from: "[gateway]".into(), ..value })
             })
             .unwrap_or_else(|| SourcedValue { value: None, from: NO_ENVIRONMENT_SOURCE.to_owned() });
         let account = self.resolve_name(
@@ -301,7 +296,7 @@ impl RulesExplanation {
         });
     }
 
-    /// An account or customer: what is known of it from here.
+    /// Resolves an account or customer as far as the request's path allows. An invalid name refuses the request.
     fn resolve_name<T: ToString>(
         &mut self,
         what: &str,
@@ -319,7 +314,8 @@ impl RulesExplanation {
                 SourcedValue { value: None, from: format!("{by}: the request's header {name}") }
             }
             Some(NameSource::PathCapture(name)) => {
-                let text = captures.iter().find(|(known, _)| *known == &**name).map_or("", |(_, text)| *text);
+                let text =
+                    captures.iter().find(|(capture, _)| *capture == &**name).map_or("", |(_, text)| *text);
                 if let Err(error) = parse(text) {
                     self.set_refused(format!("the {what} named {error}"));
                 }

@@ -1,4 +1,4 @@
-//! Responses as people read them: which of their fields are shown, in which words and colours.
+//! Renders responses for people: which fields are shown, with which labels and colors.
 
 use comfy_table::Color;
 
@@ -10,7 +10,6 @@ use super::{
 };
 use crate::pb;
 
-/// A key's state and its colour.
 pub(super) fn format_key_state(key: &pb::Key) -> (String, Option<Color>) {
     let color = match key.state() {
         pb::KeyState::Active => Some(Color::Green),
@@ -21,12 +20,10 @@ pub(super) fn format_key_state(key: &pb::Key) -> (String, Option<Color>) {
     (format_enum_name(key.state().as_str_name(), "KEY_STATE_"), color)
 }
 
-/// Who a key belongs to.
 pub(super) fn format_key_owner(key: &pb::Key) -> String {
     if key.user.is_empty() { key.account.clone() } else { format!("user {}", key.user) }
 }
 
-/// A key in full.
 pub(super) fn describe_key(key: &pb::Key) -> DetailTable {
     let (state, color) = format_key_state(key);
     let pairs: Vec<String> = key.metadata.iter().map(|(name, value)| format!("{name}={value}")).collect();
@@ -65,7 +62,7 @@ fn describe_revocation(key: &pb::Key) -> DetailTable {
     .field("comment", &key.revoke_comment)
 }
 
-/// The old token, while it still works.
+/// The old token of a rotation, while it still works.
 fn describe_old_tokens(key: &pb::Key) -> DetailTable {
     key.secrets.iter().skip(1).fold(DetailTable::new(), |record, secret| {
         let until = secret.expires_at.as_ref().map_or_else(|| "the key ends".to_owned(), format_rfc3339);
@@ -74,7 +71,7 @@ fn describe_old_tokens(key: &pb::Key) -> DetailTable {
     })
 }
 
-/// How far a change has reached, in one line.
+/// Describes in one line how far a change has propagated.
 pub(super) fn format_propagation(revision: u64, report: Option<&pb::Propagation>) -> String {
     match report {
         Some(report) if !report.complete => {
@@ -89,7 +86,7 @@ pub(super) fn format_propagation(revision: u64, report: Option<&pb::Propagation>
     }
 }
 
-/// The verdict on a token, with what led to it.
+/// Describes the verdict on a token with its reasons.
 pub(super) fn describe_check(response: &pb::CheckResponse) -> DetailTable {
     let (verdict, color) = if response.allowed { ("allowed", Color::Green) } else { ("denied", Color::Red) };
     let failures: Vec<String> = response.failures().map(format_reason).collect();
@@ -98,9 +95,9 @@ pub(super) fn describe_check(response: &pb::CheckResponse) -> DetailTable {
         response.metadata.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let duration =
         |d: &Option<prost_types::Duration>| d.as_ref().map(format_proto_duration).unwrap_or_default();
-    let known = !response.key_id.is_empty();
-    // Of a revoked key nothing is known but that.
-    let has_expiry = known && response.reason() != pb::Reason::Revoked;
+    let has_key = !response.key_id.is_empty();
+    // The response has no other details of a revoked key.
+    let has_expiry = has_key && response.reason() != pb::Reason::Revoked;
     DetailTable::new()
         .colored_field("verdict", verdict.to_owned(), Some(color))
         .field("reason", format_reason(response.reason()))
@@ -114,7 +111,7 @@ pub(super) fn describe_check(response: &pb::CheckResponse) -> DetailTable {
         .field("user", &response.user)
         .field("environment", &response.environment)
         .list_field("scopes", &response.scopes)
-        .field("secret version", if known { response.secret_version.to_string() } else { String::new() })
+        .field("secret version", if has_key { response.secret_version.to_string() } else { String::new() })
         .list_field("metadata", &pairs)
         .list_field("rate limits", &limits)
         .field(
@@ -136,7 +133,6 @@ fn format_rate_limit_state(state: &pb::RateLimitState) -> String {
     format!("{}: {} of {} left, full in {reset}", state.name, state.remaining, state.limit)
 }
 
-/// An account in full.
 pub(super) fn describe_account(account: &pb::Account) -> DetailTable {
     let (state, color) = format_account_state(account);
     DetailTable::new()
@@ -149,12 +145,10 @@ pub(super) fn describe_account(account: &pb::Account) -> DetailTable {
         .field("revision", account.revision.to_string())
 }
 
-/// How long an account's keys may live.
 pub(super) fn format_longest_life(account: &pb::Account) -> String {
     account.longest_life.as_ref().map_or_else(|| "never ends".to_owned(), format_proto_duration)
 }
 
-/// An account's state and its colour.
 pub(super) fn format_account_state(account: &pb::Account) -> (String, Option<Color>) {
     let (state, color) = if account.suspended { ("suspended", Color::Red) } else { ("active", Color::Green) };
     (state.to_owned(), Some(color))

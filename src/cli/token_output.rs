@@ -1,4 +1,4 @@
-//! Handing over a new token: it is shown once, to the one place that was asked for.
+//! Delivers a new token, once, to the destination that the flags choose: the terminal, stdout alone or a new file.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use super::{
 };
 use crate::pb;
 
-/// Where a new token goes. By default it is printed with the key's details.
+/// Flags that choose where a new token goes. By default it is printed with the key's details.
 #[derive(Debug, Args)]
 pub(super) struct TokenOutputArgs {
     /// Print the token and nothing else
@@ -21,7 +21,7 @@ pub(super) struct TokenOutputArgs {
     write_token: Option<PathBuf>,
 }
 
-/// An answer that brings a token.
+/// A response that contains a new token.
 pub(super) trait IssuedKeyResponse: ToJson {
     fn token_mut(&mut self) -> &mut String;
     fn key(&self) -> Option<&pb::Key>;
@@ -45,7 +45,7 @@ impl IssuedKeyResponse for pb::RotateKeyResponse {
     }
 }
 
-/// Where the token goes, ready before it exists.
+/// Where the token goes, opened before the token exists.
 #[derive(Debug)]
 pub(super) enum TokenDestination<'a> {
     Show,
@@ -54,7 +54,7 @@ pub(super) enum TokenDestination<'a> {
 }
 
 impl<'a> TokenDestination<'a> {
-    /// Makes ready. Must come before the call: a file that cannot be made then costs no key.
+    /// Opens the destination. Must run before the call, so that a file that cannot be created wastes no key.
     pub(super) fn prepare(args: &'a TokenOutputArgs) -> Result<TokenDestination<'a>, CliError> {
         Ok(match &args.write_token {
             Some(path) => TokenDestination::File(TokenFile::create(path)?, path),
@@ -63,7 +63,7 @@ impl<'a> TokenDestination<'a> {
         })
     }
 
-    /// Hands over the token and tells of the key.
+    /// Delivers the token and prints the key's details.
     pub(super) fn deliver<M: IssuedKeyResponse>(
         self,
         cx: &mut CommandContext<'_>,
@@ -83,7 +83,7 @@ impl<'a> TokenDestination<'a> {
         done.map(|()| 0).map_err(|failure| failure.with_hint(new_token_hint(&id)))
     }
 
-    /// The request had been done before: the token went to whoever asked first.
+    /// Reports a replayed request: the first response had the token.
     fn report_replay<M: IssuedKeyResponse>(
         self,
         cx: &mut CommandContext<'_>,
@@ -91,7 +91,7 @@ impl<'a> TokenDestination<'a> {
         id: &str,
     ) -> Result<u8, CliError> {
         let message = format!(
-            "key {id} was made by an earlier request with this idempotency key; its token was shown then"
+            "key {id} was created by an earlier request with this idempotency key, which showed its token"
         );
         if !matches!(self, TokenDestination::Show) {
             return Err(CliError::refused(message).with_hint(new_token_hint(id)));
@@ -103,13 +103,13 @@ impl<'a> TokenDestination<'a> {
 }
 
 fn new_token_hint(id: &str) -> String {
-    format!("the token cannot be shown again; `keyward keys rotate {id} --now` makes a new one")
+    format!("the token cannot be shown again; `keyward keys rotate {id} --now` issues a new one")
 }
 
-/// Details for people go to stderr, so that stdout holds the token alone.
+/// Prints the key's details to stderr, so that stdout has the token alone.
 fn print_token<M: IssuedKeyResponse>(cx: &mut CommandContext<'_>, response: &mut M) -> Result<(), CliError> {
     cx.console.eprint(&render_key_details(response, cx.console.stderr_colors));
-    cx.console.eprint("\nThe token, shown once: keep it now, it is stored nowhere.\n");
+    cx.console.eprint("\nThe token is shown only once and stored nowhere. Save it now:\n");
     cx.console.print_required(&token_line(response.token_mut()))
 }
 
@@ -123,12 +123,12 @@ fn write_token_file<M: IssuedKeyResponse>(
     response.token_mut().zeroize();
     written.map_err(|error| {
         CliError::new(format!(
-            "the key is made, but its token could not be written to {}: {error}",
+            "the key was created, but its token could not be written to {}: {error}",
             path.display()
         ))
     })?;
     cx.print_response(response, |colors| render_key_details(response, colors))?;
-    cx.console.eprint(&format!("The token is in {}, readable by its owner alone.\n", path.display()));
+    cx.console.eprint(&format!("The token is in {}, which only its owner can read.\n", path.display()));
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! `keyward whoami` and `keyward revoke-self`: a token about itself. They need no permission, only the token.
+//! `keyward whoami` and `keyward revoke-self`: show and revoke the caller's own key. They need the token, but no scope.
 
 use clap::Args;
 
@@ -7,7 +7,6 @@ use super::{
 };
 use crate::pb;
 
-/// Shows what the caller's own token is.
 pub(super) async fn whoami(cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
     let response = cx
         .connect()?
@@ -30,15 +29,14 @@ pub(super) async fn whoami(cx: &mut CommandContext<'_>) -> Result<u8, CliError> 
 /// Flags of `keyward revoke-self`.
 #[derive(Debug, Args)]
 pub(super) struct RevokeSelfArgs {
-    /// Do not ask first
+    /// Do not ask for confirmation
     #[arg(long, short)]
     yes: bool,
 }
 
 impl RevokeSelfArgs {
-    /// Revokes the caller's own key.
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        cx.console.confirm("Revoke the key of the token you call with, for ever?", self.yes)?;
+        cx.console.confirm("Permanently revoke the key of your own token?", self.yes)?;
         let response = cx
             .connect()?
             .call_keys(DefaultTimeout::Propagation, pb::RevokeSelfRequest {}, async |mut client, request| {

@@ -1,4 +1,4 @@
-//! Sends one batch of an import, again if the server was in trouble, and reports the result of each row.
+//! Sends one batch of an import, retries after transient errors, and reports the result of each row.
 
 use std::{cell::Cell, time::Duration};
 
@@ -12,7 +12,7 @@ use crate::{
     pb,
 };
 
-/// How long to wait before each new attempt. A server that restarts is back within them.
+/// The delay before each retry. Their sum is enough for a server to restart.
 const RETRY_DELAYS: [Duration; 5] = [
     Duration::from_millis(250),
     Duration::from_secs(1),
@@ -21,7 +21,7 @@ const RETRY_DELAYS: [Duration; 5] = [
     Duration::from_secs(8),
 ];
 
-/// Results that say nothing about the row: it may go well another time.
+/// Errors of the server rather than of the row: a retry may succeed.
 const TRANSIENT_ERRORS: [&str; 9] = [
     "ACCOUNT_LIMIT",
     "CONTENDED",
@@ -34,7 +34,7 @@ const TRANSIENT_ERRORS: [&str; 9] = [
     "STORE_UNAVAILABLE",
 ];
 
-/// A row that is not imported.
+/// A row that cannot be imported, with the reason.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct RejectedRow {
     pub(super) line: u64,
@@ -43,26 +43,24 @@ pub(super) struct RejectedRow {
     pub(super) raw: String,
 }
 
-/// What became of a batch.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct BatchResult {
     pub(super) end: FilePosition,
     pub(super) imported: u64,
     /// Rows that an earlier attempt had imported.
     pub(super) there_already: u64,
-    /// Rows of keys that have expired.
+    /// Rows that are skipped because their keys have expired.
     pub(super) expired: u64,
-    /// Rows of keys that are revoked or disabled.
+    /// Rows that are skipped because their keys are revoked or disabled.
     pub(super) inactive: u64,
     pub(super) rejected: Vec<RejectedRow>,
 }
 
-/// What the batches of an import share.
+/// The retry state that all batches of an import share.
 #[derive(Debug)]
 pub(super) struct RetryState {
-    /// The waits before new ones.
     retry_delays: &'static [Duration],
-    /// The server has answered: if it is gone now, it may come back.
+    /// Whether the server has answered once; if so, a failed connection is retried too.
     server_answered: Cell<bool>,
 }
 
@@ -72,7 +70,7 @@ impl Default for RetryState {
     }
 }
 
-/// Sends a batch. A row that an earlier attempt imported is answered as `replayed`.
+/// Sends a batch and retries it. The server marks rows that an earlier attempt imported as `replayed`.
 pub(super) async fn send_batch(
     batch: ImportBatch,
     attempts: &RetryState,
@@ -117,14 +115,14 @@ pub(super) async fn send_batch(
 
 type PendingRows = Vec<(u64, String, pb::ImportKey)>;
 
-/// Sorts the results; what the server could not do stays pending, with why.
+/// Counts the results. Rows with a transient error stay pending; the first such error is returned.
 fn apply_results(
     pending: &mut PendingRows,
     response: pb::ImportKeysResponse,
     done: &mut BatchResult,
 ) -> Result<Option<CliError>, CliError> {
     if response.results.len() != pending.len() {
-        return Err(CliError::new("the server answered with another number of results than there were rows"));
+        return Err(CliError::new("the number of results in the response differs from the number of rows"));
     }
     let mut trouble = None;
     for ((line, raw, key), result) in std::mem::take(pending).into_iter().zip(response.results) {
@@ -132,8 +130,8 @@ fn apply_results(
         match error.as_str() {
             "" if replayed => done.there_already += 1,
             "" => done.imported += 1,
-            known if TRANSIENT_ERRORS.contains(&known) => {
-                trouble.get_or_insert_with(|| CliError::new(format!("line {line}: {message} ({known})")));
+            code if TRANSIENT_ERRORS.contains(&code) => {
+                trouble.get_or_insert_with(|| CliError::new(format!("line {line}: {message} ({code})")));
                 pending.push((line, raw, key));
             }
             _ => done.rejected.push(RejectedRow { line, error, message, raw }),

@@ -1,4 +1,4 @@
-//! The file of an import, read in batches that fit into one call each: never whole.
+//! Reads the rows of an import's file in batches that fit into one call each. The whole file is never in memory.
 
 use std::io::{self, Read, Seek};
 
@@ -17,12 +17,12 @@ use super::{
 };
 use crate::{cli::error::CliError, domain::time::Timestamp, pb};
 
-/// The most keys of one call.
+/// The server's limit of keys in one Import.
 pub(super) const MAX_KEYS_PER_CALL: usize = 1_000;
-/// A call holds at most 4 MiB; so much of it is for keys.
+/// The size limit for the keys of one call, below the server's 4 MiB for a request.
 const MAX_BATCH_BYTES: usize = 3_500_000;
 
-/// How rows are written in a file.
+/// The format of a file's rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum ImportFormat {
     /// Values separated by commas, semicolons, tabs or |, with a header line
@@ -32,30 +32,28 @@ pub(super) enum ImportFormat {
     Json,
 }
 
-/// How a file is read.
 #[derive(Clone, Debug)]
 pub(super) struct ReadOptions {
     pub(super) format: ImportFormat,
-    /// What the user names; a byte order mark wins.
+    /// The encoding that the user names; a byte order mark takes precedence.
     pub(super) encoding: Option<&'static Encoding>,
     pub(super) columns: ColumnNameArgs,
     pub(super) defaults: RowDefaultArgs,
-    /// Keys that have expired by now are skipped.
+    /// Keys that expire before this instant are skipped.
     pub(super) now: Timestamp,
 }
 
-/// A row, read or not.
 #[derive(Debug)]
 pub(super) struct ImportRow {
-    /// The line on which it begins, from 1.
+    /// The number of the row's first line, from 1.
     pub(super) line: u64,
-    /// As it is in the file.
+    /// The row's text in the file.
     pub(super) raw: String,
-    /// The key, or why there is none.
+    /// The key, or why the row is skipped.
     pub(super) key: Result<pb::ImportKey, RowSkipReason>,
 }
 
-/// Rows for one call.
+/// The rows that one call imports.
 #[derive(Debug)]
 pub(super) struct ImportBatch {
     pub(super) rows: Vec<ImportRow>,
@@ -63,34 +61,33 @@ pub(super) struct ImportBatch {
     pub(super) end: FilePosition,
 }
 
-/// How the rows of a file, and their fields, are separated.
+/// How rows and fields are separated in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum RowDialect {
     Separated(CsvHeader),
     Json(JsonLayout),
 }
 
-/// A file of rows.
 pub(super) struct RowSource<R> {
     text: TextReader<R>,
     dialect: RowDialect,
     options: ReadOptions,
-    /// A row that was read and had no place in its batch.
+    /// A row that did not fit into the previous batch.
     deferred_row: Option<ImportRow>,
-    /// Where that row begins.
+    /// The position of the first row of the next batch.
     next_row_start: FilePosition,
 }
 
-/// Reads the name of an encoding.
+/// Parses the label of an encoding, as the WHATWG Encoding Standard lists them.
 pub(super) fn parse_encoding(label: &str) -> Result<&'static Encoding, String> {
-    // ISO-2022-JP has bytes that look like line ends and quotes.
+    // ISO-2022-JP is refused, because its characters contain bytes that look like line ends and quotes.
     Encoding::for_label(label.as_bytes())
         .filter(|encoding| *encoding != ISO_2022_JP && *encoding != REPLACEMENT)
         .ok_or_else(|| "write an encoding such as utf-8, utf-16le, windows-1252 or shift_jis".to_owned())
 }
 
 impl ReadOptions {
-    /// What a file that begins like this must be as a whole.
+    /// Returns the syntax that the whole file must have, by its beginning.
     pub(super) fn required_syntax(&self, input: impl Read + Seek) -> io::Result<WholeFileSyntax> {
         if self.format == ImportFormat::Csv {
             return Ok(WholeFileSyntax::Rows);
@@ -122,7 +119,7 @@ impl RowDialect {
 }
 
 impl<R: Read + Seek> RowSource<R> {
-    /// Reads the header, if there is one, and goes to where the rows begin or continue.
+    /// Reads the header, if there is one, and seeks to the first row, or to `from`.
     pub(super) fn open(
         input: R,
         options: ReadOptions,
@@ -133,7 +130,9 @@ impl<R: Read + Seek> RowSource<R> {
         if options.format == ImportFormat::Json
             && options.encoding.as_ref().is_some_and(|named| !is_simple(named))
         {
-            return Err(CliError::new("JSON is UTF-8, UTF-16 or in an encoding of one byte a character"));
+            return Err(CliError::new(
+                "JSON must be UTF-8, UTF-16 or in an encoding of one byte per character",
+            ));
         }
         let mut text = TextReader::open(input, options.encoding)?;
         let dialect = RowDialect::detect(&mut text, &options)?;
@@ -144,11 +143,9 @@ impl<R: Read + Seek> RowSource<R> {
         Ok(RowSource { text, dialect, options, deferred_row: None, next_row_start: before })
     }
 
-    /// Checks the names of all columns, those of every JSON object too. Gives the flags that name no field of a JSON
-    /// file: its objects may lack some.
+    /// Checks all column names, including those of every JSON object. An unknown name is an error.
     ///
-    /// # Errors
-    /// If a column is unknown, or a flag names none of a CSV file.
+    /// A flag that names no column is an error for CSV. For JSON such flags are returned, because objects may lack fields.
     pub(super) fn check_columns(mut self) -> Result<Vec<String>, CliError> {
         let mut check = ColumnNameCheck::new(&self.options.columns);
         let layout = match &self.dialect {
@@ -169,7 +166,7 @@ impl<R: Read + Seek> RowSource<R> {
         &self.dialect
     }
 
-    /// The next batch; none at the file's end.
+    /// Reads the next batch; `None` at the end of the file.
     pub(super) fn next_batch(&mut self) -> io::Result<Option<ImportBatch>> {
         let (mut rows, mut bytes) = (Vec::new(), 0);
         while rows.len() < MAX_KEYS_PER_CALL {
@@ -217,7 +214,7 @@ fn unreadable_row(problem: &str) -> RowSkipReason {
     RowSkipReason::Unreadable(problem.to_owned())
 }
 
-/// Reads a row of a CSV file. It may have more fields than the header if those are blank: spreadsheets add them.
+/// Converts a row of a CSV file. Blank fields beyond the header are allowed, because spreadsheets add them.
 fn read_cells(
     cells: &[String],
     columns: &[(String, ImportColumn)],
@@ -234,7 +231,7 @@ fn read_cells(
     draft.into_key(&options.defaults, options.now)
 }
 
-/// Reads an object of a JSON file.
+/// Converts an object of a JSON file.
 fn read_fields(fields: JsonFields, options: &ReadOptions) -> Result<pb::ImportKey, RowSkipReason> {
     let (mut draft, mut seen) = (KeyDraft::default(), Vec::new());
     for (name, value) in fields.0 {
@@ -242,7 +239,7 @@ fn read_fields(fields: JsonFields, options: &ReadOptions) -> Result<pb::ImportKe
             format!("unknown field {name:?}; the fields are {}", ImportColumn::list_names())
         })?;
         if !column.may_repeat() && seen.contains(&column) {
-            return Err(format!("{name}: is there twice").into());
+            return Err(format!("{name}: is repeated").into());
         }
         seen.push(column);
         draft.set_json(column, value).map_err(|problem| format!("{name}: {problem}"))?;
@@ -304,10 +301,10 @@ mod tests {
         );
         let rows = rows(&file, ImportFormat::Json);
         assert!(rows[0].key.is_ok());
-        assert_eq!(problem(&rows[1]), "is no JSON object");
+        assert_eq!(problem(&rows[1]), "is not a JSON object");
         assert!(problem(&rows[2]).contains("unknown field \"token\"") && !problem(&rows[2]).contains("kw_x"));
         assert_eq!(problem(&rows[3]), "name: write a text");
-        assert_eq!(problem(&rows[4]), "expires_at: is there twice");
+        assert_eq!(problem(&rows[4]), "expires_at: is repeated");
     }
 
     #[test]

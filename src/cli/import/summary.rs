@@ -1,4 +1,4 @@
-//! What an import came to, for people and for programs.
+//! The summary of an import, as a table for people and as JSON.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -7,17 +7,17 @@ use serde::{Serialize, Serializer};
 use super::{checkpoint::ImportCheckpoint, send::RejectedRow};
 use crate::cli::{json_output::ToJson, table::DetailTable, value_format::format_row_count};
 
-/// How many different problems are kept, and how many of them people see.
+/// The limit of distinct problems that are kept and that JSON output contains.
 const MAX_PROBLEMS: usize = 100;
+/// The limit of problems in the table for people.
 const MAX_SHOWN_PROBLEMS: usize = 5;
 
-/// What an import came to.
 #[derive(Debug, Serialize)]
 pub(super) struct ImportSummary {
-    /// Whether the file's end was reached.
+    /// Whether the import reached the end of the file.
     pub(super) complete: bool,
     lines: u64,
-    /// Rows of the file that are done, by earlier runs too.
+    /// Rows of the file that are done, including those of earlier runs.
     rows: u64,
     imported: u64,
     there_already: u64,
@@ -25,7 +25,7 @@ pub(super) struct ImportSummary {
     inactive: u64,
     pub(super) rejected: u64,
     rejected_file: Option<String>,
-    /// Why this run has rejected rows, the most frequent problem first.
+    /// The reasons for the rows that this run rejected, most frequent first.
     problems: Vec<RowProblem>,
     /// Rows that this run has sent, skipped or rejected.
     rows_now: u64,
@@ -33,17 +33,17 @@ pub(super) struct ImportSummary {
     rows_per_second: f64,
 }
 
-/// What was wrong with some rows.
+/// A problem that some rejected rows share.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct RowProblem {
     error: String,
     message: String,
     rows: u64,
-    /// The line on which the first of them begins.
+    /// The first line of the first such row.
     first_line: u64,
 }
 
-/// The problems of rejected rows, each once.
+/// The distinct problems of rejected rows, each with its count and first line.
 #[derive(Debug, Default)]
 pub(super) struct RowProblems(BTreeMap<(String, String), (u64, u64)>);
 
@@ -112,7 +112,7 @@ impl ImportSummary {
         let mut record = DetailTable::new()
             .field("imported", self.imported.to_string())
             .field("there already", some(self.there_already, ", imported by an earlier attempt"))
-            .field("expired", some(self.expired, ", not imported: such keys have ended"))
+            .field("expired", some(self.expired, ", not imported: the keys have expired"))
             .field("inactive", some(self.inactive, ", not imported: revoked or disabled"))
             .field("rejected", rejected);
         for RowProblem { error, message, rows, first_line } in self.problems.iter().take(MAX_SHOWN_PROBLEMS) {
@@ -126,7 +126,7 @@ impl ImportSummary {
         }
         let record = record.field("rows done", self.rows.to_string());
         if self.rows_now == 0 && self.complete {
-            let hint = format!("nothing; {} says that all is done", checkpoint.progress_path().display());
+            let hint = format!("nothing; all rows are done by {}", checkpoint.progress_path().display());
             return record.field("this time", hint);
         }
         let ImportSummary { rows_now, seconds, rows_per_second, .. } = self;

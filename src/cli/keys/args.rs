@@ -1,4 +1,4 @@
-//! The flags that `keys create` and `keys update` share: what a key is called, may do and is limited to.
+//! Flags that several `keyward keys` commands share.
 
 use clap::{Args, ValueEnum};
 
@@ -11,7 +11,6 @@ use crate::{
     pb,
 };
 
-/// Which key.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct KeyIdArgs {
     /// The key's id
@@ -19,7 +18,7 @@ pub(in crate::cli) struct KeyIdArgs {
     pub(super) id: String,
 }
 
-/// What a key is called, may do and is limited to.
+/// The name, scopes, restrictions and limits of a key.
 #[derive(Debug, Default, Args)]
 pub(super) struct KeyPolicyArgs {
     /// Name for people, unique among the owner's keys that are not revoked
@@ -47,27 +46,26 @@ pub(super) struct KeyPolicyArgs {
     /// Quota per hour, day, month (UTC) or total, such as 1000/month
     #[arg(long, value_name = "LIMIT/PERIOD", value_parser = parse_quota)]
     pub(super) quota: Option<pb::Quota>,
-    /// Note to keep with the key, such as team=billing (repeatable)
+    /// Metadata of the key, such as team=billing (repeatable)
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_name_value)]
     pub(super) metadata: Vec<(String, String)>,
 }
 
-/// Why a key is revoked.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum RevokeReasonArg {
-    /// The token is known to somebody who should not know it
+    /// The token was exposed, or may have been
     Compromised,
-    /// Another key has taken its place
+    /// Another key has replaced this one
     Superseded,
-    /// Whatever used it is gone
+    /// Nothing uses the key any more
     NoLongerNeeded,
-    /// The person or team behind it has left
+    /// The person or team that owned it has left
     OwnerLeft,
 }
 
 impl From<RevokeReasonArg> for pb::RevokeReason {
-    fn from(why: RevokeReasonArg) -> pb::RevokeReason {
-        match why {
+    fn from(reason: RevokeReasonArg) -> pb::RevokeReason {
+        match reason {
             RevokeReasonArg::Compromised => pb::RevokeReason::Compromised,
             RevokeReasonArg::Superseded => pb::RevokeReason::Superseded,
             RevokeReasonArg::NoLongerNeeded => pb::RevokeReason::NoLongerNeeded,

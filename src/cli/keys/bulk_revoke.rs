@@ -1,4 +1,4 @@
-//! `keyward keys bulk-revoke`: many keys at once, as often as the server says that there are more.
+//! `keyward keys bulk-revoke`: revokes all keys that match a filter. It repeats the call until the server has no more.
 
 use std::fmt;
 
@@ -20,13 +20,12 @@ use crate::{
 };
 
 const BULK_REVOKE_HELP: &str = "\
-Keys that are revoked already are left alone. It says first how many keys are meant, and asks on the terminal, also \
-where stdin is a pipe; without a terminal it needs --yes. \
-Exit code 1: some key could not be revoked; the table says why.
+Keys that are already revoked are not changed. The command shows how many keys match and asks for confirmation on the \
+terminal, even if stdin is a pipe; without a terminal it needs --yes. \
+Exit code 1: some keys could not be revoked; the table has the reasons.
 
 Example: keyward keys bulk-revoke --account acme --environment staging --created-before 90d --dry-run";
 
-/// Whose keys.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 struct KeyOwnerArgs {
@@ -41,7 +40,6 @@ struct KeyOwnerArgs {
     all_accounts: bool,
 }
 
-/// Their owner in words.
 impl fmt::Display for KeyOwnerArgs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.account, &self.user) {
@@ -64,19 +62,19 @@ pub(in crate::cli) struct BulkRevokeArgs {
     /// Only keys created before then: a duration ago (90d) or an instant (RFC 3339)
     #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
     created_before: Option<PastInstantArg>,
-    /// Only keys whose name starts so
+    /// Only keys whose name starts with this text
     #[arg(long, value_name = "TEXT")]
     name_prefix: Option<String>,
-    /// Why
+    /// Why the keys are revoked, for the audit log
     #[arg(long, value_enum, value_name = "REASON")]
     reason: Option<RevokeReasonArg>,
     /// Text for the audit log
     #[arg(long, value_name = "TEXT")]
     comment: Option<String>,
-    /// Say what would be revoked, and revoke nothing
+    /// List the keys that would be revoked, without revoking them
     #[arg(long)]
     dry_run: bool,
-    /// Do not ask first
+    /// Do not ask for confirmation
     #[arg(long, short)]
     yes: bool,
 }
@@ -84,7 +82,7 @@ pub(in crate::cli) struct BulkRevokeArgs {
 impl BulkRevokeArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         if !self.dry_run {
-            // Before anything is sent: without a terminal the answer is known.
+            // Fails before anything is sent if there is no terminal to ask on.
             cx.console.needs_confirmation(self.yes)?;
         }
         let session = cx.connect()?;
@@ -96,15 +94,15 @@ impl BulkRevokeArgs {
             return Ok(0);
         }
         if cx.console.needs_confirmation(self.yes)? {
-            let meant =
+            let matching =
                 call_bulk_revoke(&session, pb::BulkRevokeKeysRequest { dry_run: true, ..request.clone() })
                     .await?;
-            if meant.keys.is_empty() {
-                cx.print_response(&meant, |_| "No keys.\n".to_owned())?;
+            if matching.keys.is_empty() {
+                cx.print_response(&matching, |_| "No keys.\n".to_owned())?;
                 return Ok(0);
             }
             cx.console.confirm(
-                &format!("Revoke {} of {} for ever?", format_found_count(&meant), self.owner),
+                &format!("Permanently revoke {} of {}?", format_found_count(&matching), self.owner),
                 false,
             )?;
         }
@@ -140,17 +138,17 @@ async fn call_bulk_revoke(
         .await
 }
 
-/// Asks until there is no more, and gives all answers as one; what was done before a failure is part of it.
+/// Calls the server until no keys are left, and merges the responses. The result includes what was done before a failure.
 async fn revoke_all_batches(
-    mut ask: impl AsyncFnMut() -> Result<pb::BulkRevokeKeysResponse, CliError>,
+    mut call: impl AsyncFnMut() -> Result<pb::BulkRevokeKeysResponse, CliError>,
 ) -> (pb::BulkRevokeKeysResponse, Option<CliError>) {
     let mut all = pb::BulkRevokeKeysResponse::default();
     loop {
-        let response = match ask().await {
+        let response = match call().await {
             Ok(response) => response,
             Err(failure) => return (all, Some(failure)),
         };
-        // A key that failed is asked for again with the next call: what came of it last counts.
+        // The next call repeats keys that failed, so only their last result counts.
         all.keys.retain(|key| key.revoked);
         let progress = response.keys.iter().any(|key| key.revoked);
         all.keys.extend(response.keys);
@@ -161,8 +159,11 @@ async fn revoke_all_batches(
             return (all, None);
         }
         if !progress {
-            let failure = CliError::refused("there are more keys, and none of these could be revoked");
-            return (all, Some(failure.with_hint("see to the errors in the table, then do it again")));
+            let failure = CliError::refused("more keys match, but none of these could be revoked");
+            return (
+                all,
+                Some(failure.with_hint("resolve the errors in the table, then repeat the command")),
+            );
         }
     }
 }
@@ -188,14 +189,14 @@ fn exit_code(all: &pb::BulkRevokeKeysResponse) -> u8 {
     if all.keys.iter().all(|key| key.revoked) { 0 } else { EXIT_REFUSED }
 }
 
-/// How many keys a dry run has found.
+/// Formats the number of keys that a dry run found.
 fn format_found_count(response: &pb::BulkRevokeKeysResponse) -> String {
     let more = if response.more { "more than " } else { "" };
     format!("{more}{}", format_key_count(response.keys.len(), ""))
 }
 
-fn format_key_count(count: usize, then: &str) -> String {
-    format!("{count} {}{then}", if count == 1 { "key" } else { "keys" })
+fn format_key_count(count: usize, suffix: &str) -> String {
+    format!("{count} {}{suffix}", if count == 1 { "key" } else { "keys" })
 }
 
 fn render_results(results: &[pb::BulkRevokeResult], dry_run: bool, colors: bool) -> String {

@@ -1,4 +1,4 @@
-//! `keyward keys create`.
+//! `keyward keys create`: creates a key and delivers its token.
 
 use clap::Args;
 
@@ -15,8 +15,8 @@ use crate::{
 };
 
 const CREATE_HELP: &str = "\
-Without --expires the key never ends. The token is shown once and stored nowhere: it alone goes to stdout, \
-what else there is to say to stderr; with --output json it is the field `token` (null with --write-token).
+Without --expires the key never expires. The token is shown only once and stored nowhere. Stdout has the token alone, \
+stderr everything else; with --output json it is the field `token` (null with --write-token).
 
 Example: keyward keys create --account acme --environment production --scope monitors:read --expires 90d";
 
@@ -24,21 +24,21 @@ Example: keyward keys create --account acme --environment production --scope mon
 #[derive(Debug, Args)]
 #[command(after_help = CREATE_HELP)]
 pub(in crate::cli) struct KeyCreateArgs {
-    /// The account that owns the key; an account's own callers may leave it out
+    /// The account that owns the key; optional for callers of an account
     #[arg(long, value_name = "ID", conflicts_with = "user")]
     account: Option<String>,
-    /// The user who owns the key
+    /// The user that owns the key
     #[arg(long, value_name = "ID")]
     user: Option<String>,
-    /// The one environment in which the key works; an account's own callers may leave it out
+    /// The one environment in which the key works; optional for callers of an account
     #[arg(long, short, value_name = "NAME")]
     environment: Option<String>,
     #[command(flatten)]
     policy: KeyPolicyArgs,
-    /// Start of the token, instead of the configured one
+    /// Prefix of the token, instead of the configured one
     #[arg(long)]
     prefix: Option<String>,
-    /// Makes it safe to send the request again: the same key comes back, and no second one
+    /// Makes the request safe to repeat: it returns the same key instead of creating a second one
     #[arg(long, value_name = "TEXT")]
     idempotency_key: Option<String>,
     #[command(flatten)]
@@ -67,7 +67,7 @@ fn build_request(
     environment: Option<String>,
     policy: KeyPolicyArgs,
 ) -> pb::CreateKeyRequest {
-    // A life is told as its length: the server's clock decides, not this machine's.
+    // A lifetime is sent as a duration, because the server's clock counts, not this machine's.
     let (expires_at, ttl) = match policy.expires {
         None | Some(ExpiryArg::Never) => (None, None),
         Some(ExpiryArg::In(life)) => (None, Some(duration_to_proto(life))),

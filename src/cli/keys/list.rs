@@ -1,4 +1,4 @@
-//! `keyward keys list`.
+//! `keyward keys list`: lists the keys that match a filter.
 
 use clap::{Args, ValueEnum};
 
@@ -39,7 +39,7 @@ impl From<KeyStateArg> for pb::KeyState {
 /// Flags of `keyward keys list`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct KeyListArgs {
-    /// Service keys of this account; an account's own callers may leave it out
+    /// Service keys of this account; optional for callers of an account
     #[arg(long, value_name = "ID", conflicts_with = "user")]
     account: Option<String>,
     /// User keys of this user
@@ -48,14 +48,14 @@ pub(in crate::cli) struct KeyListArgs {
     /// Only keys of this environment
     #[arg(long, short, value_name = "NAME")]
     environment: Option<String>,
-    /// Only keys in this state (repeat, or separate by commas) [default: any; with --unused-since or --expires-before:
-    /// any but revoked]
+    /// Only keys in this state (repeat, or separate by commas) [default: all; with --unused-since or --expires-before:
+    /// all except revoked keys]
     #[arg(long = "state", value_enum, value_name = "STATE", value_delimiter = ',')]
     states: Vec<KeyStateArg>,
-    /// Only keys whose name starts so
+    /// Only keys whose name starts with this text
     #[arg(long, value_name = "TEXT")]
     name_prefix: Option<String>,
-    /// Only keys created before then and not used since: a duration ago (30d) or an instant (RFC 3339)
+    /// Only keys created before then and not used since then: a duration ago (30d) or an instant (RFC 3339)
     #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
     unused_since: Option<PastInstantArg>,
     /// Only keys that expire before then: a duration from now (2w) or an instant (RFC 3339)
@@ -125,7 +125,7 @@ fn render_keys(keys: &[pb::Key], colors: bool) -> String {
     rows.render("No keys.")
 }
 
-/// The first grants; a list has no room for 256.
+/// Formats the first grants; a key may have 256, too many for a row.
 fn format_grants(key: &pb::Key) -> String {
     let roles = key.roles.iter().map(|role| format!("role {role}"));
     let all: Vec<String> = key.scopes.iter().cloned().chain(roles).collect();

@@ -1,7 +1,7 @@
-//! `keyward keys update`: the flags that are given are the update mask.
+//! `keyward keys update`: changes a key's fields. The given flags are the update mask.
 //!
-//! The server takes no expected revision with an update. So a change of some scopes is read back after a while, and made
-//! again if somebody else, who had read the scopes before it, has overwritten it.
+//! The server takes no expected revision with an update. So a change of single scopes is read back after a delay, and
+//! repeated if a concurrent writer, which had read the scopes before it, has overwritten it.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use crate::{
     pb,
 };
 
-/// A field that can be emptied.
+/// A field that `--clear` can empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum ClearableField {
     Name,
@@ -37,7 +37,7 @@ enum ClearableField {
 }
 
 impl ClearableField {
-    /// Its path in the update mask.
+    /// Returns the field's path in the update mask.
     fn mask_path(self) -> &'static str {
         match self {
             ClearableField::Name => "name",
@@ -53,13 +53,13 @@ impl ClearableField {
     }
 }
 
-/// Changes of the scopes that a key has.
+/// Flags that add and remove single scopes.
 #[derive(Debug, Default, Args)]
 struct ScopeChangeArgs {
-    /// Scope to grant beside those that the key has (repeat, or separate by commas)
+    /// Scope to add to those that the key has (repeat, or separate by commas)
     #[arg(long = "add-scope", value_name = "SCOPE", value_delimiter = ',', conflicts_with = "scopes")]
     add: Vec<String>,
-    /// Scope to take away from those that the key has (repeat, or separate by commas)
+    /// Scope to remove from those that the key has (repeat, or separate by commas)
     #[arg(long = "remove-scope", value_name = "SCOPE", value_delimiter = ',', conflicts_with = "scopes")]
     remove: Vec<String>,
 }
@@ -69,13 +69,12 @@ impl ScopeChangeArgs {
         !self.add.is_empty() || !self.remove.is_empty()
     }
 
-    /// Whether these scopes are as the change leaves them.
+    /// Whether these scopes already include the change.
     fn is_applied_to(&self, scopes: &[String]) -> bool {
         self.add.iter().all(|scope| scopes.contains(scope))
             && !self.remove.iter().any(|scope| scopes.contains(scope))
     }
 
-    /// The scopes after the change.
     fn apply_to(&self, scopes: &[String]) -> Vec<String> {
         let mut scopes = scopes.to_vec();
         for scope in &self.add {
@@ -87,20 +86,18 @@ impl ScopeChangeArgs {
         scopes
     }
 
-    /// The scopes of a key after the change.
+    /// Like [`Self::apply_to`], but refuses a change that has no effect.
     fn apply_checked(&self, key: &pb::Key) -> Result<Vec<String>, CliError> {
         if let Some(both) = self.add.iter().find(|scope| self.remove.contains(scope)) {
             return Err(CliError::new(format!("{both} is both added and removed")));
         }
         if let Some(missing) = self.remove.iter().find(|scope| !key.scopes.contains(scope)) {
             let has = if key.scopes.is_empty() { "none".to_owned() } else { key.scopes.join(", ") };
-            return Err(CliError::refused(format!(
-                "the key has no scope {missing} to take away; it has {has}"
-            )));
+            return Err(CliError::refused(format!("the key has no scope {missing} to remove; it has {has}")));
         }
         let scopes = self.apply_to(&key.scopes);
         if scopes == key.scopes {
-            return Err(CliError::refused("the key has these scopes already; nothing was changed"));
+            return Err(CliError::refused("the key already has these scopes; nothing was changed"));
         }
         Ok(scopes)
     }
@@ -109,11 +106,11 @@ impl ScopeChangeArgs {
 /// Flags of `keyward keys update`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "A flag replaces the whole field: --scope a:b leaves the key with that scope alone, and \
-    --metadata with those notes alone; standard error shows what --scope took away. --add-scope and --remove-scope read the \
-    scopes that the key has, write them whole, read them back, and write them again if somebody else has overwritten the \
-    change. Exit code 1: it was overwritten each time. A warning shows whose change this one may have overwritten, if the \
-    token may read the audit log. What no flag names stays as it is."
+    after_help = "A flag replaces the whole field: with --scope a:b the key has only that scope, and --metadata replaces \
+    all metadata; stderr shows the scopes that --scope removed. --add-scope and --remove-scope read the key's \
+    scopes, write all of them, read them back, and repeat the change if another writer has overwritten it. \
+    Exit code 1: it was overwritten each time. A warning names the writer whose change this one may have overwritten, if \
+    the token may read the audit log. Fields without a flag are not changed."
 )]
 pub(in crate::cli) struct KeyUpdateArgs {
     #[command(flatten)]
@@ -122,7 +119,7 @@ pub(in crate::cli) struct KeyUpdateArgs {
     policy: KeyPolicyArgs,
     #[command(flatten)]
     scope_changes: ScopeChangeArgs,
-    /// Empty this field (repeat, or separate by commas); taking a restriction away widens what the key may do
+    /// Empty this field (repeat, or separate by commas); clearing a restriction widens what the key may do
     #[arg(long, value_name = "FIELD", value_enum, value_delimiter = ',')]
     clear: Vec<ClearableField>,
 }
@@ -133,7 +130,7 @@ impl KeyUpdateArgs {
         let session = cx.connect()?;
         let before = match (self.scope_changes.has_changes(), self.policy.scopes.is_empty()) {
             (true, _) => Some(read_key(&session, &self.key.id).await?),
-            // Only for the note about what is replaced: a caller may be allowed to write keys and not to read them.
+            // Only for the note about replaced scopes, so a failure is ignored: a caller may write keys but not read them.
             (false, false) => read_key(&session, &self.key.id).await.ok(),
             (false, true) => None,
         };
@@ -142,7 +139,7 @@ impl KeyUpdateArgs {
             key.scopes = self.scope_changes.apply_checked(before)?;
         }
         let mut response = call_update(&session, request).await?;
-        // Before anything else is done: it tells of the changes since this key was read.
+        // Right after the update, so that it finds only changes between the reading of the key and the update.
         let between = match &before {
             Some(before) => find_concurrent_change(&session, before, response.revision).await,
             None => None,
@@ -171,13 +168,13 @@ impl KeyUpdateArgs {
     }
 }
 
-/// After this long, and up to twice as long, a change of scopes is read back: others who had read the scopes before it
-/// have written theirs by then.
+/// A change of scopes is read back after one to two times this delay. Writers that had read the scopes before it have
+/// written by then.
 const READ_BACK_DELAY: Duration = Duration::from_millis(400);
-/// So often a change of scopes is made.
+/// The limit of attempts to change scopes.
 const MAX_ATTEMPTS: u32 = 10;
 
-/// Waits until writes that others were about to make are made; not as long as they wait.
+/// Waits until concurrent writers have written. The delay is random, so that concurrent updates do not wait in lockstep.
 async fn wait_for_other_writers() {
     let [share] = random_bytes::<1>(&SystemEntropy).unwrap_or([128]);
     tokio::time::sleep(READ_BACK_DELAY + READ_BACK_DELAY * u32::from(share) / 256).await;
@@ -194,34 +191,34 @@ async fn call_update(
         .await
 }
 
-/// Reads a key until a change of its scopes is in it, and makes the change again where it is not. Gives the last answer.
+/// Reads the key until it has the change of scopes, and repeats the change if it is missing. Returns the last response.
 async fn reapply_until_kept(
     change: &ScopeChangeArgs,
     mut response: pb::UpdateKeyResponse,
     mut read_later: impl AsyncFnMut() -> Result<pb::Key, CliError>,
     mut update: impl AsyncFnMut(pb::UpdateKeyRequest) -> Result<pb::UpdateKeyResponse, CliError>,
 ) -> Result<pb::UpdateKeyResponse, CliError> {
-    for tried in 1..=MAX_ATTEMPTS {
+    for attempt in 1..=MAX_ATTEMPTS {
         let key = read_later()
             .await
-            .map_err(|failure| failure.with_context("the scopes were changed; reading them back"))?;
+            .map_err(|failure| failure.with_context("the scopes were changed; reading them back failed"))?;
         if change.is_applied_to(&key.scopes) {
             return Ok(response);
         }
-        if tried < MAX_ATTEMPTS {
-            // The scopes alone: what else was changed with them is not written over later changes.
+        if attempt < MAX_ATTEMPTS {
+            // Only the scopes, so that the repeated update does not overwrite later changes of other fields.
             let paths = vec![ClearableField::Scopes.mask_path().to_owned()];
             let key = pb::Key { scopes: change.apply_to(&key.scopes), id: key.id, ..Default::default() };
             let request =
                 pb::UpdateKeyRequest { key: Some(key), update_mask: Some(prost_types::FieldMask { paths }) };
             response = update(request).await.map_err(|failure| {
-                failure.with_context("another change has overwritten this one of the scopes; making it again")
+                failure.with_context("another change overwrote this one; repeating it failed")
             })?;
         }
     }
-    let lost =
-        format!("other changes of this key have overwritten this one of its scopes {MAX_ATTEMPTS} times");
-    Err(CliError::refused(lost).with_hint("look at the key, and do it again when nobody else changes it"))
+    let lost = format!("other changes of this key overwrote this change of its scopes {MAX_ATTEMPTS} times");
+    Err(CliError::refused(lost)
+        .with_hint("check the key, and repeat the command when nothing else changes it"))
 }
 
 async fn read_key(session: &ApiClient, id: &str) -> Result<pb::Key, CliError> {
@@ -229,10 +226,10 @@ async fn read_key(session: &ApiClient, id: &str) -> Result<pb::Key, CliError> {
     let response = session
         .call_keys(DefaultTimeout::Quick, request, async |mut client, request| client.get(request).await)
         .await?;
-    response.key.ok_or_else(|| CliError::new("the server's answer holds no key"))
+    response.key.ok_or_else(|| CliError::new("the server's response has no key"))
 }
 
-/// The scopes that a key has lost, and those that it has gained.
+/// Describes the scopes that a key lost and gained.
 fn describe_scope_diff(before: &[String], after: &[String]) -> String {
     let only = |these: &[String], those: &[String]| {
         let only: Vec<_> =
@@ -242,11 +239,11 @@ fn describe_scope_diff(before: &[String], after: &[String]) -> String {
     if before == after {
         return String::new();
     }
-    format!("Scopes taken away: {}; granted: {}.\n", only(before, after), only(after, before))
+    format!("Scopes removed: {}; added: {}.\n", only(before, after), only(after, before))
 }
 
-/// A warning of a change that somebody else made between the reading of a key and the change of this revision. The
-/// server takes no expected revision with an update, so the audit log is asked, if the caller may read it.
+/// Returns a warning if another caller changed the key after it was read and before `revision`. The audit log shows such
+/// changes, if the caller may read it.
 async fn find_concurrent_change(session: &ApiClient, before: &pb::Key, revision: u64) -> Option<String> {
     let request = pb::ListAuditEntriesRequest {
         key_id: before.id.clone(),
@@ -262,12 +259,12 @@ async fn find_concurrent_change(session: &ApiClient, before: &pb::Key, revision:
     format_overwrite_warning(&response.entries, revision)
 }
 
-/// The warning of the first of a key's entries that comes before the change of this revision.
+/// Formats a warning about the key's first entry before `revision`.
 fn format_overwrite_warning(entries: &[pb::AuditEntry], revision: u64) -> Option<String> {
     let other = entries.iter().find(|entry| entry.revision < revision)?;
     Some(format!(
-        "warning: {} changed this key meanwhile (revision {}, {}): what it did to the scopes may be overwritten. Look \
-         at the key\n",
+        "warning: {} changed this key meanwhile (revision {}, {}): its change of the scopes may be overwritten. Check \
+         the key\n",
         escape_terminal(&other.actor),
         other.revision,
         escape_terminal(&other.action)
@@ -280,15 +277,16 @@ fn build_request(args: &KeyUpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKe
         given.push(ClearableField::Scopes);
     }
     if let Some(both) = args.clear.iter().find(|field| given.contains(field)) {
-        return Err(CliError::new(format!("{} is both cleared and given a value", both.mask_path())));
+        return Err(CliError::new(format!("{} is both cleared and set", both.mask_path())));
     }
     let mut paths: Vec<String> =
         given.iter().chain(&args.clear).map(|field| field.mask_path().to_owned()).collect();
     paths.sort();
     paths.dedup();
     if paths.is_empty() {
-        return Err(CliError::new("nothing to change")
-            .with_hint("name what to change, such as --name, or --clear FIELD"));
+        return Err(
+            CliError::new("nothing to change").with_hint("use a flag such as --name, or --clear FIELD")
+        );
     }
     let policy = &args.policy;
     let key = pb::Key {
@@ -307,7 +305,7 @@ fn build_request(args: &KeyUpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKe
     Ok(pb::UpdateKeyRequest { key: Some(key), update_mask: Some(prost_types::FieldMask { paths }) })
 }
 
-/// The fields that flags give a value.
+/// Returns the fields that the flags set.
 fn given_fields(policy: &KeyPolicyArgs) -> Vec<ClearableField> {
     let KeyPolicyArgs {
         name,

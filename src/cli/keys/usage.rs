@@ -1,4 +1,4 @@
-//! `keyward keys usage`: how often a key was allowed and denied, as bars.
+//! `keyward keys usage`: shows as a bar chart how often a key was allowed and denied.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -20,11 +20,11 @@ use crate::{
 
 const SECONDS_PER_HOUR: i64 = 3_600;
 const SECONDS_PER_DAY: i64 = 86_400;
-/// How many characters the longest bar has.
+/// The length of the longest bar in characters.
 const BAR_WIDTH: u64 = 40;
 /// Bars grow by eighths of a character.
 const EIGHTHS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'];
-/// So many steps without a Check are told in one line.
+/// From this many on, consecutive steps without a Check share one line.
 const MIN_COLLAPSED_STEPS: i64 = 4;
 
 /// Flags of `keyward keys usage`.
@@ -35,14 +35,14 @@ Example: keyward keys usage 0197c0de-0000-7000-8000-000000000000 --from 14d --st
 pub(in crate::cli) struct KeyUsageArgs {
     #[command(flatten)]
     key: super::args::KeyIdArgs,
-    /// From the step that holds this instant: a duration ago (12h) or an instant (RFC 3339) [default: 24 steps
+    /// Start with the step that contains this instant: a duration ago (12h) or an instant (RFC 3339) [default: 24 steps
     /// of less than a day, or 30 days]
     #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
     from: Option<PastInstantArg>,
-    /// To the end of the hour of this instant [default: now]
+    /// End with the hour that contains this instant [default: now]
     #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
     to: Option<PastInstantArg>,
-    /// Length of a step, in full hours: 1h, 6h, 1d; steps of full days begin at midnight UTC
+    /// Length of a step in full hours: 1h, 6h, 1d; steps of full days start at midnight UTC
     #[arg(long, value_name = "DURATION", value_parser = parse_step, default_value = "1h")]
     step: Duration,
 }
@@ -71,7 +71,7 @@ impl KeyUsageArgs {
         Ok(0)
     }
 
-    /// The server counts steps from `from` on, so it is put where a step begins.
+    /// Builds the request. The server counts steps from `from`, so it is aligned to the start of a step.
     fn build_request(&self, clock: &dyn Clock) -> pb::KeyUsageRequest {
         let step = step_seconds(self.step);
         let grid = if step % SECONDS_PER_DAY == 0 { SECONDS_PER_DAY } else { SECONDS_PER_HOUR };
@@ -102,13 +102,13 @@ fn step_seconds(step: Duration) -> i64 {
     i64::try_from(step.as_secs()).unwrap_or(i64::MAX).max(SECONDS_PER_HOUR)
 }
 
-/// The bars, the sums, and the reasons of the denials.
+/// Renders the bars, the totals and the reasons of denials.
 fn render_usage(response: &pb::KeyUsageResponse, from: i64, step: i64, colors: bool) -> String {
     if response.buckets.is_empty() {
         return "No checks.\n".to_owned();
     }
-    let most = response.buckets.iter().map(|bucket| bucket.allowed.saturating_add(bucket.denied)).max();
-    let (scale, mut at, mut text) = (most.unwrap_or(0).max(1), from, String::new());
+    let largest = response.buckets.iter().map(|bucket| bucket.allowed.saturating_add(bucket.denied)).max();
+    let (scale, mut at, mut text) = (largest.unwrap_or(0).max(1), from, String::new());
     for bucket in &response.buckets {
         let start = bucket.start.map_or(at, |start| start.seconds);
         text.push_str(&render_idle_steps(at, start, step));
@@ -118,7 +118,7 @@ fn render_usage(response: &pb::KeyUsageResponse, from: i64, step: i64, colors: b
     text + "\n" + &render_totals(response, colors)
 }
 
-/// The steps from `at` up to `start`, in which nothing was asked.
+/// Renders the steps from `at` to `start`, which have no Checks.
 fn render_idle_steps(at: i64, start: i64, step: i64) -> String {
     let steps = start.saturating_sub(at).max(0) / step;
     if steps >= MIN_COLLAPSED_STEPS {
@@ -127,7 +127,7 @@ fn render_idle_steps(at: i64, start: i64, step: i64) -> String {
     (0..steps).map(|n| format!("{}  0\n", format_step_start(at + n * step, step))).collect()
 }
 
-/// When a step begins: `2026-01-31 14:00`, or the day alone.
+/// Formats the start of a step: `2026-01-31 14:00`, or only the day.
 fn format_step_start(start: i64, step: i64) -> String {
     let instant = format_rfc3339(&Timestamp { seconds: start, nanos: 0 });
     let length = if step % SECONDS_PER_DAY == 0 { 10 } else { 16 };
@@ -144,7 +144,7 @@ fn render_step(start: i64, step: i64, bucket: &pb::UsageBucket, scale: u64, colo
     format!("{}  {allowed}{denied} {counts}\n", format_step_start(start, step))
 }
 
-/// A bar of full and partial blocks; what is not nothing is seen.
+/// Renders a bar of full and partial blocks; a count above 0 is always visible.
 fn render_allowed_bar(count: u64, scale: u64) -> String {
     let eighths = scale_to_width(count, BAR_WIDTH * 8, scale);
     let mut bar = "█".repeat((eighths / 8) as usize);
@@ -152,12 +152,12 @@ fn render_allowed_bar(count: u64, scale: u64) -> String {
     bar
 }
 
-/// A bar that is told from the other one without colours too.
+/// Renders a bar that differs from the allowed one even without colors.
 fn render_denied_bar(count: u64, scale: u64) -> String {
     "░".repeat(scale_to_width(count, BAR_WIDTH, scale) as usize)
 }
 
-/// The share of `width`, rounded down, and 1 at least for what is not nothing.
+/// Scales a count to `width`, rounded down, but to at least 1 for a count above 0.
 fn scale_to_width(count: u64, width: u64, scale: u64) -> u64 {
     let share = u128::from(count) * u128::from(width) / u128::from(scale.max(1));
     u64::try_from(share).unwrap_or(width).clamp(u64::from(count > 0), width)

@@ -1,4 +1,4 @@
-//! Calls of the server and formats that several `roles` commands share.
+//! Calls and formats that several `keyward roles` commands share.
 
 use crate::{
     cli::{
@@ -19,7 +19,7 @@ pub(super) async fn put_role(
         .await
 }
 
-/// All roles of an account, page by page.
+/// Fetches the roles of an account and the global ones, page by page.
 pub(super) async fn fetch_all_roles(
     session: &ApiClient,
     account: String,
@@ -40,7 +40,7 @@ pub(super) async fn fetch_all_roles(
     }
 }
 
-/// Where a role holds, for people.
+/// Formats a role's account for people; an empty one is "global".
 pub(super) fn format_role_owner(account: &str) -> String {
     if account.is_empty() { "global".to_owned() } else { account.to_owned() }
 }

@@ -15,7 +15,7 @@ use crate::pb;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum AccountsCommand {
-    /// Create an account
+    /// Create an account that can own keys
     Create {
         /// 1-64 characters of [A-Za-z0-9_-] [default: generated]
         #[arg(long)]
@@ -27,7 +27,7 @@ pub(super) enum AccountsCommand {
         #[arg(long, value_name = "DURATION", value_parser = LifetimeArg::parse)]
         longest_life: Option<LifetimeArg>,
     },
-    /// Show one account
+    /// Show one account with all its fields
     Get(AccountIdArgs),
     /// List accounts in the order of their ids
     List {
@@ -234,14 +234,14 @@ mod tests {
 
     #[test]
     fn a_longest_life_is_set_taken_away_or_left_as_it_is() {
-        let asked = |line: &str| {
+        let change = |line: &str| {
             let only = Only::try_parse_from(format!("update {line}").split_whitespace()).unwrap();
             let request = only.change.into_request("acme".into());
             (request.longest_life.map(|life| life.seconds), request.no_longest_life, request.name)
         };
-        assert_eq!(asked("--longest-life 90d"), (Some(90 * 86_400), false, None));
-        assert_eq!(asked("--longest-life never"), (None, true, None));
-        assert_eq!(asked("--name Acme"), (None, false, Some("Acme".to_owned())));
+        assert_eq!(change("--longest-life 90d"), (Some(90 * 86_400), false, None));
+        assert_eq!(change("--longest-life never"), (None, true, None));
+        assert_eq!(change("--name Acme"), (None, false, Some("Acme".to_owned())));
         assert!(Only::try_parse_from(["update"]).is_err(), "an update changes something");
     }
 

@@ -34,7 +34,7 @@ const MAX_RESPONSE_BYTES: usize = 256 << 20;
 
 const REQUEST_ID_HEADER: &str = "x-request-id";
 
-/// How long the client waits past the deadline. The server's own timeout status says more than a local one.
+/// How long the client waits past the deadline. The server's own timeout status has more details than a local one.
 const TIMEOUT_GRACE: Duration = Duration::from_millis(250);
 
 /// The time limit of a call if `--timeout` is not given.

@@ -40,7 +40,6 @@ impl AuditCommand {
     }
 }
 
-/// Flags of `keyward audit list`.
 #[derive(Debug, Args)]
 pub(super) struct AuditListArgs {
     /// Only changes in this account

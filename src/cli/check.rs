@@ -45,7 +45,6 @@ impl SubjectTokenArgs {
     }
 }
 
-/// Flags of `keyward check`.
 #[derive(Debug, Args)]
 #[command(after_help = CHECK_HELP)]
 pub(super) struct CheckArgs {
@@ -134,21 +133,21 @@ mod tests {
 
     #[test]
     fn flags_become_the_request() {
-        let asked = request(
+        let check = request(
             "--environment production --scope a:b,c:d --scope e:f --account acme --customer c1 \
              --client-ip ::1 --cost 3 --dry-run --min-revision 9 --subject-stdin",
         );
-        assert_eq!(asked.token, "kw_subject");
-        assert_eq!(asked.scopes, ["a:b", "c:d", "e:f"]);
-        assert_eq!((asked.cost, asked.min_revision, asked.dry_run), (Some(3), Some(9), true));
-        assert_eq!((asked.account.as_deref(), asked.client_ip.as_deref()), (Some("acme"), Some("::1")));
+        assert_eq!(check.token, "kw_subject");
+        assert_eq!(check.scopes, ["a:b", "c:d", "e:f"]);
+        assert_eq!((check.cost, check.min_revision, check.dry_run), (Some(3), Some(9), true));
+        assert_eq!((check.account.as_deref(), check.client_ip.as_deref()), (Some("acme"), Some("::1")));
     }
 
     #[test]
     fn what_is_not_said_is_not_sent() {
-        let asked = request("--environment production --authenticate-only --subject-stdin");
-        assert!(asked.scopes.is_empty() && asked.authenticate_only);
-        assert_eq!((asked.account, asked.customer, asked.client_ip, asked.cost), (None, None, None, None));
+        let check = request("--environment production --authenticate-only --subject-stdin");
+        assert!(check.scopes.is_empty() && check.authenticate_only);
+        assert_eq!((check.account, check.customer, check.client_ip, check.cost), (None, None, None, None));
     }
 
     #[test]

@@ -5,7 +5,6 @@ use clap_complete::Shell;
 
 use super::{console::Console, error::CliError};
 
-/// Flags of `keyward completions`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example: keyward completions bash > ~/.local/share/bash-completion/completions/keyward"

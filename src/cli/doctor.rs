@@ -123,7 +123,9 @@ fn format_text(findings: &DoctorReport) -> String {
     let mut text = String::new();
     for DoctorFinding { severity, topic, message, fix } in findings.iter() {
         let line = match severity {
-            Severity::Skipped => format!("{:<5} {topic:<10} not checked: {}", "-", escape_terminal(message)),
+            Severity::Skipped => {
+                format!("{:<5} {topic:<10} not looked at: {}", "-", escape_terminal(message))
+            }
             _ => format!("{:<5} {topic:<10} {}", severity.as_str(), escape_terminal(message)),
         };
         let fix = if fix.is_empty() { String::new() } else { format!(" → {}", escape_terminal(fix)) };
@@ -133,7 +135,7 @@ fn format_text(findings: &DoctorReport) -> String {
     let count = |wanted: Severity| findings.iter().filter(|finding| finding.severity == wanted).count();
     let [good, warnings, failures, skipped] =
         [Severity::Ok, Severity::Warning, Severity::Failure, Severity::Skipped].map(count);
-    let _ = writeln!(text, "{good} ok, {warnings} warn, {failures} fail, {skipped} not checked");
+    let _ = writeln!(text, "{good} ok, {warnings} warn, {failures} fail, {skipped} not looked at");
     text
 }
 

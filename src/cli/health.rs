@@ -63,14 +63,14 @@ mod tests {
 
     use super::{super::console::CapturedOutput, *};
 
-    /// Asks a server that says this to everybody: the exit code, and what was printed.
-    fn told(response: &'static str) -> (u8, String) {
+    /// Runs the command against a server that always sends `response`; returns the exit code and the output.
+    fn run_against(response: &'static str) -> (u8, String) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let admin_listen = listener.local_addr().unwrap().to_string();
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            let mut asked = [0; 512];
-            assert!(stream.read(&mut asked).unwrap() > 0);
+            let mut received = [0; 512];
+            assert!(stream.read(&mut received).unwrap() > 0);
             stream.write_all(response.as_bytes()).unwrap();
         });
         let (out, err) = (CapturedOutput::default(), CapturedOutput::default());
@@ -85,15 +85,15 @@ mod tests {
 
     #[test]
     fn the_exit_code_says_whether_checks_are_answered() {
-        assert_eq!(told("HTTP/1.1 200 OK\r\n\r\nready\n"), (0, "ready\n".to_owned()));
-        let (code, said) = told("HTTP/1.1 503 Service Unavailable\r\n\r\nnot ready\n");
-        assert!(code == 1 && said.contains("not ready"), "{said}");
+        assert_eq!(run_against("HTTP/1.1 200 OK\r\n\r\nready\n"), (0, "ready\n".to_owned()));
+        let (code, text) = run_against("HTTP/1.1 503 Service Unavailable\r\n\r\nnot ready\n");
+        assert!(code == 1 && text.contains("not ready"), "{text}");
     }
 
     #[test]
     fn what_is_no_admin_page_is_no_answer() {
         for response in ["HTTP/1.1 404 Not Found\r\n\r\n", "SSH-2.0-x\r\n", ""] {
-            assert_eq!(told(response).0, 2, "{response:?}");
+            assert_eq!(run_against(response).0, 2, "{response:?}");
         }
     }
 

@@ -87,7 +87,6 @@ Exit codes: 0 every row is imported or skipped; 1 some were rejected; 2 the impo
 
 Example: keyward keys import keys.csv --account acme --environment production --role agent";
 
-/// Flags of `keyward keys import`.
 #[derive(Debug, Args)]
 #[command(after_help = FORMAT_HELP)]
 pub(super) struct KeyImportArgs {

@@ -15,8 +15,7 @@ use crate::{
     pb,
 };
 
-/// Formats a message as one JSON object and a line end. Characters that control a terminal or are invisible are `\u`
-/// escapes.
+/// Formats a message as one JSON object and a line end. Invisible and control characters are escaped as `\u`.
 pub(super) fn to_json_object(message: &impl ToJson) -> String {
     // serde_json can write everything here: maps of text, numbers and lists.
     let mut text = escape_json(serde_json::to_string_pretty(&AsJson(message)).unwrap_or_default());

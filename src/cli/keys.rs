@@ -46,7 +46,6 @@ pub(super) enum KeysCommand {
     Lookup(KeyLookupArgs),
 }
 
-/// Flags of `keyward keys lookup`.
 #[derive(Debug, Args)]
 pub(super) struct KeyLookupArgs {
     #[command(flatten)]

@@ -185,7 +185,7 @@ enum CliCommand {
     Doctor(Box<doctor::DoctorArgs>),
     /// Ask a server's admin page whether it answers Checks; exit code 0 ready, 1 not ready, 2 no answer
     Health(HealthArgs),
-    /// Put a server under load, and say what it carries
+    /// Measure a server under load
     #[command(mut_args = settings::for_subcommand)]
     Bench {
         #[command(flatten)]
@@ -275,8 +275,7 @@ const TOKEN_ARGUMENT_ERROR: &str = "an argument holds a token, and other process
     into a file: --token-file FILE for the caller's own token, --subject-token-file FILE for a token to \
     check (keyward check, keyward keys lookup). If others use this machine too, rotate the key";
 
-/// Masks everything in `error` that looks like a credential: arguments, and the invalid value, which may come from an
-/// environment variable.
+/// Masks what looks like a credential in `error`: arguments, and the invalid value, which a variable may have set.
 fn without_credentials(arguments: &[OsString], error: clap::Error) -> clap::Error {
     let text = error.render().to_string();
     let mut shown = text.clone();

@@ -219,6 +219,6 @@ scope = "monitors:read"
         assert!(rules(&moon, "rules check FILE").0.unwrap_err().to_string().contains("line 4"));
         let (ended, out) = rules(&moon, "rules check FILE --config CONFIG");
         assert_eq!(ended.unwrap(), 0);
-        assert!(out.ends_with("rules.toml: 1 rule, nothing wrong.\n"), "{out}");
+        assert!(out.ends_with("rules.toml: 1 rule, no problems.\n"), "{out}");
     }
 }

@@ -372,30 +372,30 @@ mode = "shadow"
         explain(&book, &GatewayDefaults { environment: None, mode }, &RulesTestRequest { method, path, host })
     }
 
-    fn told(method: &str, path: &str) -> String {
+    fn rendered(method: &str, path: &str) -> String {
         verdict(RULES, EnforcementMode::Enforce, method, path, None).to_text(false)
     }
 
     #[test]
     fn everything_that_a_rule_demands_is_told_with_where_it_comes_from() {
-        let text = told("POST", "/accounts/acme/runs");
+        let text = rendered("POST", "/accounts/acme/runs");
         for line in [
             "verdict      the rule in line 17 decides",
             "path         /accounts/{account}/runs",
             "methods      POST",
             "captures     account = acme",
-            "needs        a valid token that is granted runs:write, runs:read",
-            "environment  staging (said by [defaults])",
-            "account      acme (said by the rule: the path's {account})",
-            "customer     said by the rule: the request's header x-customer",
-            "cost         5 (said by the rule)",
-            "mode         shadow (said by the rule)",
+            "needs        a valid token with runs:write, runs:read",
+            "environment  staging (set by [defaults])",
+            "account      acme (set by the rule: the path's {account})",
+            "customer     set by the rule: the request's header x-customer",
+            "cost         5 (set by the rule)",
+            "mode         shadow (set by the rule)",
             "6     another host    *        /**      admin.test",
             "12    another method  GET      /status  *",
         ] {
-            assert!(text.lines().any(|told| told == line), "{line}\n{text}");
+            assert!(text.lines().any(|rendered| rendered == line), "{line}\n{text}");
         }
-        assert!(told("GET", "/status").contains("nothing: it is open to everybody"));
+        assert!(rendered("GET", "/status").contains("nothing: it is open to everybody"));
     }
 
     #[test]
@@ -435,7 +435,7 @@ mode = "shadow"
             ("a", "begin with '/'"),
             ("/accounts/A%20B/runs", "the account named"),
         ] {
-            let text = told("POST", path);
+            let text = rendered("POST", path);
             assert!(text.starts_with("verdict") && text.contains("refused with 400"), "{path}: {text}");
             assert!(text.contains(why), "{path}: {text}");
         }
@@ -445,8 +445,8 @@ mode = "shadow"
     fn shadow_mode_says_that_a_denied_request_passes() {
         let shadow = verdict(RULES, EnforcementMode::Shadow, "GET", "/", None);
         assert!(!shadow.is_decided());
-        assert!(shadow.to_text(false).contains("shadow (said by the server's settings); so it passes"));
-        assert!(!told("GET", "/").contains("passes"));
+        assert!(shadow.to_text(false).contains("shadow (set by the server's settings); so it is allowed"));
+        assert!(!rendered("GET", "/").contains("is allowed"));
     }
 
     #[test]
@@ -454,7 +454,7 @@ mode = "shadow"
         let nowhere = RULES.replace("environment = \"staging\"", "");
         let text =
             verdict(&nowhere, EnforcementMode::Enforce, "POST", "/accounts/acme/runs", None).to_text(false);
-        assert!(text.contains("hear 503"), "{text}");
+        assert!(text.contains("get 503"), "{text}");
         let book = parse_rules(&nowhere, &EnvironmentSet::default()).unwrap();
         let defaults = |environment| GatewayDefaults { environment, mode: EnforcementMode::Enforce };
         let checked = RulesCheckReport::new("rules.toml", &book, &defaults(None));
@@ -463,7 +463,7 @@ mode = "shadow"
             [6, 17],
             "not the public one"
         );
-        assert!(checked.to_text().starts_with("rules.toml: 3 rules, nothing wrong.\nnote: line 6: "));
+        assert!(checked.to_text().starts_with("rules.toml: 3 rules, no problems.\nnote: line 6: "));
         let production = EnvironmentName::parse("production").unwrap();
         assert!(RulesCheckReport::new("", &book, &defaults(Some(production))).notes.is_empty());
     }

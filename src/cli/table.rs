@@ -57,7 +57,7 @@ impl DetailTable {
         self.field(name, values.join(", "))
     }
 
-    /// Adds an instant, or `absent` if there is none.
+    /// Adds an instant, or `absent` if it is missing.
     pub(super) fn instant_field(
         self,
         name: &'static str,
@@ -108,8 +108,7 @@ impl ListTable {
         self.is_empty = false;
     }
 
-    /// Renders the table, or `none` if it is empty. Rows are never wrapped, because wrapped cells can neither be copied
-    /// nor searched.
+    /// Renders the table, or `none` if it is empty. Rows are never wrapped, so that cells can be copied and searched.
     pub(super) fn render(self, none: &str) -> String {
         if self.is_empty { format!("{none}\n") } else { render_table(self.table) }
     }

@@ -109,8 +109,8 @@ fn describe_path(path: &Path) -> String {
 
 /// A new file for a token that only its owner can read.
 ///
-/// It is created before the call that issues the token, so that an unwritable path wastes no key. Dropping it without a
-/// token removes it.
+/// It is created before the call that issues the token, so that an unwritable path wastes no key. Without a token it is
+/// removed on drop.
 #[derive(Debug)]
 pub(super) struct TokenFile {
     file: fs::File,

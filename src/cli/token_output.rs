@@ -188,7 +188,7 @@ mod tests {
     fn for_people_stdout_holds_the_token_alone_and_stderr_the_rest() {
         let (out, err, done) = hand_over(&args(false, None), OutputFormat::Table, TOKEN);
         assert_eq!((out.as_str(), done), ("kw_live_secret\n", Ok(0)));
-        assert!(err.contains("0197") && err.contains("shown once") && !err.contains(TOKEN), "{err}");
+        assert!(err.contains("0197") && err.contains("shown only once") && !err.contains(TOKEN), "{err}");
     }
 
     #[test]

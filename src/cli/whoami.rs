@@ -26,7 +26,6 @@ pub(super) async fn whoami(cx: &mut CommandContext<'_>) -> Result<u8, CliError> 
     Ok(0)
 }
 
-/// Flags of `keyward revoke-self`.
 #[derive(Debug, Args)]
 pub(super) struct RevokeSelfArgs {
     /// Do not ask for confirmation

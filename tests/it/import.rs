@@ -249,7 +249,7 @@ async fn an_unknown_field_of_any_object_is_refused_before_anything_is_sent() {
     assert_eq!(summary(&ended)["rows"], 3);
     let table = format!("sha256\n{}\n", digest(94));
     let refused = run(&server, "keys.csv", table.as_bytes(), &["--rename", "nosuch=hint"]);
-    assert!(refused.code == Some(2) && refused.err.contains("no column of --rename nosuch"), "{refused:?}");
+    assert!(refused.code == Some(2) && refused.err.contains("no column for --rename nosuch"), "{refused:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

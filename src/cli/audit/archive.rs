@@ -19,7 +19,6 @@ use crate::{
     server::maintenance,
 };
 
-/// Flags of `keyward audit archive`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct AuditArchiveArgs {
     /// Archive the entries before then: an instant (RFC 3339), or a duration ago (365d)

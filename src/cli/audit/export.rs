@@ -29,7 +29,6 @@ use crate::{
 
 const EXPORT_PAGE_SIZE: u32 = 1000;
 
-/// Flags of `keyward audit export`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct AuditExportArgs {
     /// Write to this new file (mode 0600) instead of standard output

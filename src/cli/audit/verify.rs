@@ -22,7 +22,6 @@ use crate::{
     pb,
 };
 
-/// Flags of `keyward audit verify`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct AuditVerifyArgs {
     /// Verify an exported or archived file, without a server
@@ -198,7 +197,7 @@ mod tests {
             ..Default::default()
         };
         let text = format_report(&response);
-        assert!(text.starts_with("THE LOG IS NOT WHOLE"), "{text}");
+        assert!(text.starts_with("THE LOG IS NOT VALID"), "{text}");
         assert!(text.contains("entry 3: it was changed") && text.contains("ENDS BEFORE"), "{text}");
     }
 }

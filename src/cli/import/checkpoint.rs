@@ -214,7 +214,7 @@ impl ImportCheckpoint {
         imported + there_already + expired + inactive + rejected
     }
 
-    /// Describes the progress for people. A file of a single unfinished line is at line 0.
+    /// Describes the progress for people, without the line as long as the first line is not done.
     pub(super) fn describe_progress(&self) -> String {
         let (rows, lines) = (format_row_count(self.rows_done()), self.progress.lines);
         if lines == 0 { rows } else { format!("{rows} (line {lines})") }
@@ -256,7 +256,7 @@ impl ImportCheckpoint {
         self.save()
     }
 
-    /// Saves the progress atomically.
+    /// Replaces the progress file atomically.
     fn save(&mut self) -> Result<(), CliError> {
         self.hashed_input
             .extend_to(self.progress.bytes)
@@ -287,8 +287,8 @@ fn write_error(path: &Path, error: &io::Error) -> CliError {
     CliError::new(format!("cannot write {}: {error}", shown_path(path)))
 }
 
-/// Formats a rejected row and its error in the input's dialect, so that the corrected file can be imported. Each JSON
-/// object takes one line.
+/// Formats a rejected row and its error in the input's dialect (JSON: one line), so that it can be corrected and
+/// imported.
 fn format_rejected_row(row: &RejectedRow, dialect: &RowDialect) -> String {
     let RejectedRow { line, error, message, raw } = row;
     if let RowDialect::Separated(CsvHeader { separator, .. }) = dialect {
@@ -377,7 +377,7 @@ mod tests {
             }
             fs::rename(folder.path().join("away"), &progress).unwrap();
         }
-        // Moved away, it is written anew, with its header.
+        // After the file is moved away, the next one gets a header.
         fs::remove_file(&kept).unwrap();
         let mut second = ImportCheckpoint::open(&path, None).unwrap();
         second.record_batch(&done(3, 11, vec![rejected(3, "b")]), &separated(',', "sha256")).unwrap();
@@ -414,7 +414,10 @@ mod tests {
         assert!(ImportCheckpoint::open(&path, None).is_ok(), "a file may grow");
         fs::write(append_suffix(&path, ".keyward-progress"), "nonsense").unwrap();
         assert!(
-            ImportCheckpoint::open(&path, None).unwrap_err().to_string().contains("no progress of an import")
+            ImportCheckpoint::open(&path, None)
+                .unwrap_err()
+                .to_string()
+                .contains("is not the progress file of an import")
         );
     }
 

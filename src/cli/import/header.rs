@@ -231,7 +231,7 @@ mod tests {
             ("id;sha256;scope\n", "unknown columns \"id\", \"scope\""),
             ("name,account\n", "sha256 is missing"),
             ("sha256,Name,name\n", "\"Name\" and \"name\" are the same"),
-            ("sk_live_not-a-name,x\n", "it names no columns"),
+            ("sk_live_not-a-name,x\n", "the first row names no columns"),
             ("sha256,\"name\n", "quotes are not closed"),
         ] {
             let error = read(file, &[]).unwrap_err();
@@ -264,7 +264,7 @@ mod tests {
             );
         }
         let error = read("sep=;\nsha256,name\n", &[]).unwrap_err();
-        assert!(error.contains("it names no columns"), "{error}");
+        assert!(error.contains("the first row names no columns"), "{error}");
     }
 
     #[test]
@@ -292,7 +292,7 @@ mod tests {
         assert_eq!(check(&["--rename", "key_hash=hint"]), Ok(()));
         let error =
             check(&["--ignore", "key-hash", "--rename", "nosuch=hint", "--ignore", "id"]).unwrap_err();
-        assert!(error.contains("no column of --rename nosuch and --ignore id"), "{error}");
+        assert!(error.contains("no column for --rename nosuch and --ignore id"), "{error}");
     }
 
     #[test]
@@ -317,6 +317,6 @@ mod tests {
         assert!(error.contains("unknown column \"id\"") && error.contains("--ignore"), "{error}");
         let wrapped = JsonFields(vec![("data".to_owned(), json!([{ "sha256": "ab" }]))]);
         let error = check_json_fields(&wrapped, &names(&[])).unwrap_err().to_string();
-        assert!(error.contains("an object around the array") && error.contains("jq"), "{error}");
+        assert!(error.contains("an object that contains the array") && error.contains("jq"), "{error}");
     }
 }

@@ -145,8 +145,7 @@ fn next_value<R: Read + Seek>(text: &mut TextReader<R>, in_array: bool) -> io::R
     Ok(Some(JsonObject { line, raw: raw.flatten().unwrap_or_default(), fields }))
 }
 
-/// Skips separators and the end of the array after a value, so that lines without a value are counted. The last line may
-/// lack a line end.
+/// Skips separators and the end of the array after a value, so that lines without a value are counted.
 fn take_separators<R: Read + Seek>(text: &mut TextReader<R>, in_array: bool) -> io::Result<()> {
     let mut is_in_line = true;
     while let Some(unit) = text.peek_unit()? {
@@ -254,14 +253,14 @@ mod tests {
     #[test]
     fn a_line_that_is_no_object_costs_no_other() {
         let read = objects(b"{\"a\":1}\n\n[1]\nnonsense\n{\"b\":2}", None);
-        let told: Vec<_> = read.iter().map(|(object, _)| (object.line, object.fields.is_ok())).collect();
-        assert_eq!(told, [(1, true), (3, false), (4, false), (5, true)]);
+        let actual: Vec<_> = read.iter().map(|(object, _)| (object.line, object.fields.is_ok())).collect();
+        assert_eq!(actual, [(1, true), (3, false), (4, false), (5, true)]);
     }
 
     #[test]
     fn elements_of_an_array_that_are_no_objects_cost_no_other() {
         let read = objects(b"[1, \"],{\", [2], {\"a\": \"}\\\"]\"} ,null]", None);
-        let told: Vec<_> =
+        let actual: Vec<_> =
             read.iter().map(|(object, _)| (object.raw.as_str(), object.fields.is_ok())).collect();
         let expected = [
             ("1", false),
@@ -270,7 +269,7 @@ mod tests {
             ("{\"a\": \"}\\\"]\"}", true),
             ("null", false),
         ];
-        assert_eq!(told, expected);
+        assert_eq!(actual, expected);
         let long = format!("[{{\"a\":\"{}\"}},{{}}]", "x".repeat(MAX_ROW_BYTES));
         let read = objects(long.as_bytes(), None);
         assert_eq!((&read[0].0.fields, read[1].0.fields.is_ok()), (&Err(ERR_OBJECT_TOO_LONG), true));

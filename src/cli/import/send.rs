@@ -188,7 +188,7 @@ mod tests {
         (sent_names.into_inner(), done.map_err(|failure| failure.to_string()))
     }
 
-    fn told(done: &BatchResult) -> (u64, u64, Vec<(u64, &str)>) {
+    fn counts(done: &BatchResult) -> (u64, u64, Vec<(u64, &str)>) {
         let rejected = done.rejected.iter().map(|row| (row.line, row.error.as_str())).collect();
         (done.imported, done.there_already, rejected)
     }
@@ -197,14 +197,14 @@ mod tests {
     async fn rows_that_fail_stop_no_other() {
         let (sent_names, done) = played(&["a", "", "b", "c"], vec![Ok(vec!["", "KEY_NAME_TAKEN", ""])]).await;
         assert_eq!(sent_names, [["a", "b", "c"]]);
-        assert_eq!(told(&done.unwrap()), (2, 0, vec![(3, "UNREADABLE"), (4, "KEY_NAME_TAKEN")]));
+        assert_eq!(counts(&done.unwrap()), (2, 0, vec![(3, "UNREADABLE"), (4, "KEY_NAME_TAKEN")]));
     }
 
     #[tokio::test]
     async fn only_the_server_decides_whether_a_row_was_imported_before() {
         let answers = vec![Ok(vec!["STARTING", "STARTING"]), Ok(vec!["DIGEST_TAKEN", REPLAYED])];
         let (_, done) = played(&["a", "b"], answers).await;
-        assert_eq!(told(&done.unwrap()), (0, 1, vec![(2, "DIGEST_TAKEN")]));
+        assert_eq!(counts(&done.unwrap()), (0, 1, vec![(2, "DIGEST_TAKEN")]));
     }
 
     #[tokio::test]
@@ -216,7 +216,7 @@ mod tests {
         ];
         let (sent_names, done) = played(&["a", "b", "c"], answers).await;
         assert_eq!(sent_names, [vec!["a", "b", "c"], vec!["b", "c"], vec!["b", "c"]]);
-        assert_eq!(told(&done.unwrap()), (2, 1, vec![]));
+        assert_eq!(counts(&done.unwrap()), (2, 1, vec![]));
     }
 
     #[tokio::test]
@@ -226,7 +226,7 @@ mod tests {
             let result = |replayed| pb::ImportResult { replayed, ..Default::default() };
             Ok(pb::ImportKeysResponse { results: vec![result(true), result(false)] })
         });
-        assert_eq!(told(&done.await.unwrap()), (1, 1, vec![]));
+        assert_eq!(counts(&done.await.unwrap()), (1, 1, vec![]));
     }
 
     #[tokio::test]
@@ -237,7 +237,7 @@ mod tests {
         let answers = vec![Err(unknown), Ok(vec!["", ""])];
         let (sent_names, done) = played(&["a", "b"], answers).await;
         assert_eq!(sent_names.len(), 2);
-        assert_eq!(told(&done.unwrap()), (2, 0, vec![]));
+        assert_eq!(counts(&done.unwrap()), (2, 0, vec![]));
     }
 
     #[tokio::test]

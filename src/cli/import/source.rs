@@ -286,8 +286,8 @@ mod tests {
     fn a_wrong_row_does_not_stop_the_others() {
         let file = format!("account,sha256\nacme,{HEX}\nacme\nacme,kw_x\n\nacme,{HEX}\n");
         let rows = rows(&file, ImportFormat::Csv);
-        let told: Vec<_> = rows.iter().map(|row| (row.line, row.key.is_ok())).collect();
-        assert_eq!(told, [(2, true), (3, false), (4, false), (6, true)]);
+        let actual: Vec<_> = rows.iter().map(|row| (row.line, row.key.is_ok())).collect();
+        assert_eq!(actual, [(2, true), (3, false), (4, false), (6, true)]);
         assert_eq!(problem(&rows[1]), "has 1 fields; the header has 2");
         let error = problem(&rows[2]);
         assert!(error.starts_with("sha256: write the SHA-256") && !error.contains("kw_x"), "{error}");

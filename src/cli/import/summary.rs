@@ -150,9 +150,9 @@ mod tests {
         let mut problems = RowProblems::default();
         problems.add_rejected(&[rejected(2, "rare")]);
         problems.add_rejected(&(3..1003).map(|line| rejected(line, "frequent")).collect::<Vec<_>>());
-        let told = problems.most_frequent_first();
-        let told: Vec<_> = told.iter().map(|p| (p.message.as_str(), p.rows, p.first_line)).collect();
-        assert_eq!(told, [("frequent", 1000, 3), ("rare", 1, 2)]);
+        let actual = problems.most_frequent_first();
+        let actual: Vec<_> = actual.iter().map(|p| (p.message.as_str(), p.rows, p.first_line)).collect();
+        assert_eq!(actual, [("frequent", 1000, 3), ("rare", 1, 2)]);
     }
 
     #[test]

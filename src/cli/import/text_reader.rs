@@ -12,7 +12,7 @@ use encoding_rs::{Encoding, UTF_8, UTF_16BE, UTF_16LE};
 /// The longest row. It bounds the memory for a file with an unclosed quote.
 pub(super) const MAX_ROW_BYTES: usize = 1 << 20;
 const READ_CHUNK_BYTES: usize = 64 * 1024;
-/// Stands for half a unit at the end of a UTF-16 file; no valid text has this unit.
+/// Represents half a unit at the end of a UTF-16 file; no valid text has this unit.
 const BROKEN_UNIT: u16 = 0xffff;
 
 /// A position between two rows of a file.
@@ -47,8 +47,7 @@ pub(super) struct TextReader<R> {
 
 /// Detects the encoding by a file's beginning; returns it with the length of the byte order mark.
 ///
-/// The mark takes precedence over the user's encoding. Without either, a first character of two bytes, one of them zero,
-/// means UTF-16.
+/// The mark takes precedence over the user's encoding. Without either, a zero byte in the first two means UTF-16.
 fn detect_encoding(beginning: &[u8], named: Option<&'static Encoding>) -> (&'static Encoding, usize) {
     if let Some(marked) = Encoding::for_bom(beginning) {
         return marked;

@@ -50,7 +50,6 @@ impl fmt::Display for KeyOwnerArgs {
     }
 }
 
-/// Flags of `keyward keys bulk-revoke`.
 #[derive(Debug, Args)]
 #[command(after_help = BULK_REVOKE_HELP)]
 pub(in crate::cli) struct BulkRevokeArgs {
@@ -255,7 +254,7 @@ mod tests {
         (keys.collect(), code)
     }
 
-    fn told(keys: &[(&str, &str)]) -> Vec<(String, String)> {
+    fn expected_results(keys: &[(&str, &str)]) -> Vec<(String, String)> {
         keys.iter().map(|(id, error)| ((*id).to_owned(), (*error).to_owned())).collect()
     }
 
@@ -290,7 +289,7 @@ mod tests {
     #[tokio::test]
     async fn the_server_is_asked_until_there_is_no_more() {
         let answers = vec![(vec![result("1", ""), result("2", "")], true), (vec![result("3", "")], false)];
-        assert_eq!(played(answers).await, (told(&[("1", ""), ("2", ""), ("3", "")]), 0));
+        assert_eq!(played(answers).await, (expected_results(&[("1", ""), ("2", ""), ("3", "")]), 0));
     }
 
     #[tokio::test]
@@ -299,18 +298,18 @@ mod tests {
             (vec![result("1", "CONTENDED"), result("2", "")], true),
             (vec![result("1", "CONTENDED"), result("3", "")], false),
         ];
-        assert_eq!(played(answers).await, (told(&[("2", ""), ("1", "CONTENDED"), ("3", "")]), 1));
+        assert_eq!(played(answers).await, (expected_results(&[("2", ""), ("1", "CONTENDED"), ("3", "")]), 1));
     }
 
     #[tokio::test]
     async fn keys_that_only_fail_are_not_asked_for_for_ever() {
         let answers = vec![(vec![result("1", "CONTENDED")], true)];
-        assert_eq!(played(answers).await, (told(&[("1", "CONTENDED")]), 1));
+        assert_eq!(played(answers).await, (expected_results(&[("1", "CONTENDED")]), 1));
     }
 
     #[tokio::test]
     async fn what_was_revoked_before_a_failure_is_told_all_the_same() {
-        assert_eq!(played(vec![(vec![result("1", "")], true)]).await, (told(&[("1", "")]), 2));
+        assert_eq!(played(vec![(vec![result("1", "")], true)]).await, (expected_results(&[("1", "")]), 2));
     }
 
     #[test]

@@ -20,7 +20,6 @@ stderr everything else; with --output json it is the field `token` (null with --
 
 Example: keyward keys create --account acme --environment production --scope monitors:read --expires 90d";
 
-/// Flags of `keyward keys create`.
 #[derive(Debug, Args)]
 #[command(after_help = CREATE_HELP)]
 pub(in crate::cli) struct KeyCreateArgs {

@@ -36,7 +36,6 @@ impl From<KeyStateArg> for pb::KeyState {
     }
 }
 
-/// Flags of `keyward keys list`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct KeyListArgs {
     /// Service keys of this account; optional for callers of an account

@@ -60,7 +60,6 @@ define_key_change!(disable, DisableKeyRequest);
 define_key_change!(enable, EnableKeyRequest);
 define_key_change!(finish_rotation, FinishRotationRequest);
 
-/// Flags of `keyward keys finish-rotation`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct FinishRotationArgs {
     #[command(flatten)]
@@ -91,7 +90,6 @@ struct OldTokenArgs {
     now: bool,
 }
 
-/// Flags of `keyward keys rotate`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct KeyRotateArgs {
     #[command(flatten)]
@@ -123,7 +121,6 @@ impl KeyRotateArgs {
     }
 }
 
-/// Flags of `keyward keys revoke`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "When the command succeeds, every later check of the key is denied on every replica. \

@@ -103,7 +103,6 @@ impl ScopeChangeArgs {
     }
 }
 
-/// Flags of `keyward keys update`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "A flag replaces the whole field: with --scope a:b the key has only that scope, and --metadata replaces \
@@ -168,8 +167,8 @@ impl KeyUpdateArgs {
     }
 }
 
-/// A change of scopes is read back after one to two times this delay. Writers that had read the scopes before it have
-/// written by then.
+/// A change of scopes is read back after one to two times this delay, when writers that had read the old scopes have
+/// written theirs.
 const READ_BACK_DELAY: Duration = Duration::from_millis(400);
 /// The limit of attempts to change scopes.
 const MAX_ATTEMPTS: u32 = 10;
@@ -347,7 +346,7 @@ mod tests {
         args: KeyUpdateArgs,
     }
 
-    fn asked(line: &str) -> Result<(pb::Key, Vec<String>), String> {
+    fn parse_update(line: &str) -> Result<(pb::Key, Vec<String>), String> {
         let only = Only::try_parse_from(format!("update 0197 {line}").split_whitespace())
             .map_err(|e| e.to_string())?;
         let clock = ManualClock::new(Timestamp::from_micros(0));
@@ -357,7 +356,7 @@ mod tests {
 
     #[test]
     fn the_flags_that_are_given_are_the_mask() {
-        let (key, paths) = asked("--name new --scope a:b,c:d --expires 1d --quota 5/day").unwrap();
+        let (key, paths) = parse_update("--name new --scope a:b,c:d --expires 1d --quota 5/day").unwrap();
         assert_eq!(paths, ["expires_at", "name", "quota", "scopes"]);
         assert_eq!((key.id.as_str(), key.name.as_str()), ("0197", "new"));
         assert_eq!(key.expires_at.map(|at| at.seconds), Some(86_400));
@@ -366,7 +365,7 @@ mod tests {
     #[test]
     fn every_field_can_be_cleared() {
         let all = "name,scopes,roles,expires-at,customers,allowed-cidrs,rate-limits,quota,metadata";
-        let (key, paths) = asked(&format!("--clear {all}")).unwrap();
+        let (key, paths) = parse_update(&format!("--clear {all}")).unwrap();
         assert_eq!(paths.len(), 9);
         assert_eq!(key, pb::Key { id: "0197".into(), ..Default::default() });
     }
@@ -385,17 +384,17 @@ mod tests {
         assert_eq!(apply(&["e:f"], &["a:b"]), Ok(scopes(&["c:d", "e:f"])));
         assert_eq!(apply(&["a:b", "e:f"], &[]), Ok(scopes(&["a:b", "c:d", "e:f"])));
         assert_eq!(apply(&[], &["a:b", "c:d"]), Ok(vec![]));
-        assert!(apply(&[], &["x:y"]).unwrap_err().contains("no scope x:y to take away; it has a:b, c:d"));
+        assert!(apply(&[], &["x:y"]).unwrap_err().contains("no scope x:y to remove; it has a:b, c:d"));
         assert!(apply(&["a:b"], &["a:b"]).unwrap_err().contains("both added and removed"));
         assert!(apply(&["a:b"], &[]).unwrap_err().contains("nothing was changed"));
         for bad in ["--scope a:b --add-scope c:d", "--clear scopes --remove-scope a:b"] {
-            assert!(asked(bad).is_err(), "{bad}");
+            assert!(parse_update(bad).is_err(), "{bad}");
         }
-        assert_eq!(asked("--add-scope a:b").unwrap().1, ["scopes"]);
+        assert_eq!(parse_update("--add-scope a:b").unwrap().1, ["scopes"]);
     }
 
-    /// Plays writers who have each read the key before another wrote: the scopes before each reading back. What comes of
-    /// adding `s:1` and removing `a:b`.
+    /// Adds `s:1` and removes `a:b` while other writers replace the scopes: each element has the scopes at one read-back.
+    /// Returns the result and the number of updates.
     async fn kept(overwritten_with: &[&[&str]]) -> (Result<Vec<String>, String>, usize) {
         let change = ScopeChangeArgs { add: scopes(&["s:1"]), remove: scopes(&["a:b"]) };
         let stored = std::cell::RefCell::new(scopes(&["s:1"]));
@@ -433,9 +432,9 @@ mod tests {
     #[test]
     fn what_a_list_of_scopes_replaces_is_said() {
         let shown = describe_scope_diff(&scopes(&["a:b", "c:d"]), &scopes(&["c:d", "e:f"]));
-        assert_eq!(shown, "Scopes taken away: a:b; granted: e:f.\n");
+        assert_eq!(shown, "Scopes removed: a:b; added: e:f.\n");
         assert_eq!(describe_scope_diff(&scopes(&["a:b"]), &scopes(&["a:b"])), "");
-        assert_eq!(describe_scope_diff(&scopes(&["a:b"]), &[]), "Scopes taken away: a:b; granted: none.\n");
+        assert_eq!(describe_scope_diff(&scopes(&["a:b"]), &[]), "Scopes removed: a:b; added: none.\n");
     }
 
     #[test]
@@ -456,14 +455,14 @@ mod tests {
 
     #[test]
     fn never_clears_the_expiry() {
-        let (key, paths) = asked("--expires never").unwrap();
+        let (key, paths) = parse_update("--expires never").unwrap();
         assert_eq!((paths, key.expires_at), (vec!["expires_at".to_owned()], None));
     }
 
     #[test]
     fn a_field_is_not_both_cleared_and_given() {
-        assert!(asked("--clear name --name x").unwrap_err().contains("name is both cleared and given"));
-        assert!(asked("").unwrap_err().contains("nothing to change"));
-        assert!(asked("--clear id").unwrap_err().contains("possible values"));
+        assert!(parse_update("--clear name --name x").unwrap_err().contains("name is both cleared and set"));
+        assert!(parse_update("").unwrap_err().contains("nothing to change"));
+        assert!(parse_update("--clear id").unwrap_err().contains("possible values"));
     }
 }

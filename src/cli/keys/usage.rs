@@ -27,7 +27,6 @@ const EIGHTHS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'
 /// From this many on, consecutive steps without a Check share one line.
 const MIN_COLLAPSED_STEPS: i64 = 4;
 
-/// Flags of `keyward keys usage`.
 #[derive(Debug, Args)]
 #[command(after_help = "Counts are kept by the hour for 90 days. Times are UTC.
 
@@ -196,7 +195,7 @@ mod tests {
     }
 
     /// The request at 2026-01-01T12:30:00Z.
-    fn asked(line: &str) -> pb::KeyUsageRequest {
+    fn parse_usage(line: &str) -> pb::KeyUsageRequest {
         let line = format!("usage 0197 {line}");
         let args = Only::try_parse_from(line.split_whitespace()).unwrap().args;
         args.build_request(&ManualClock::new(time::Timestamp::from_micros(1_767_270_600_000_000)))
@@ -217,14 +216,14 @@ mod tests {
 
     #[test]
     fn steps_begin_at_full_hours_and_days_at_midnight() {
-        let from = |line: &str| asked(line).from.map(|from| format_rfc3339(&from)).unwrap();
+        let from = |line: &str| parse_usage(line).from.map(|from| format_rfc3339(&from)).unwrap();
         assert_eq!(from(""), "2025-12-31T13:00:00Z");
         assert_eq!(from("--from 1h30m --step 1h"), "2026-01-01T11:00:00Z");
         assert_eq!(from("--step 1d"), "2025-12-03T00:00:00Z");
         assert_eq!(from("--step 90d"), "2025-10-04T00:00:00Z");
         assert_eq!(from("--step 1d --from 7d"), "2025-12-25T00:00:00Z");
-        assert_eq!(asked("").to, None, "the server's clock says what is now");
-        assert!(asked("--to 1d").to.is_some());
+        assert_eq!(parse_usage("").to, None, "the server's clock says what is now");
+        assert!(parse_usage("--to 1d").to.is_some());
     }
 
     #[test]

@@ -34,7 +34,6 @@ The file holds a table for each role:
 
 Roles of the server that the file does not name are not changed.";
 
-/// Flags of `keyward roles apply`.
 #[derive(Debug, Args)]
 #[command(after_help = FILE_FORMAT_HELP)]
 pub(in crate::cli) struct RoleApplyArgs {

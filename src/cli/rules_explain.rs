@@ -395,7 +395,7 @@ mode = "shadow"
         ] {
             assert!(text.lines().any(|rendered| rendered == line), "{line}\n{text}");
         }
-        assert!(rendered("GET", "/status").contains("nothing: it is open to everybody"));
+        assert!(rendered("GET", "/status").contains("nothing: it is public"));
     }
 
     #[test]

@@ -89,7 +89,7 @@ async fn what_was_archived_verifies_as_a_file_and_the_rest_verifies_from_there()
     work(&server).await;
     let home = server.stop();
     let (first, second) = (home.path("first.jsonl"), home.path("second.jsonl"));
-    assert!(good(archive(&home, &first)).contains("12 entries, 1 to 12, are in"));
+    assert!(good(archive(&home, &first)).contains("Moved 12 entries, 1 to 12, to "));
     let server = home.start_with(home.serve_command()).unwrap();
     let found = verified(&server).await;
     let checkpoint = found.checkpoint.clone().unwrap();

@@ -261,8 +261,8 @@ async fn a_file_of_another_kind_is_refused_by_what_it_is_and_nothing_of_it_is_sh
         ("keys.xlsx", &b"PK\x03\x04rest"[..], "Excel workbook"),
         ("keys.csv", b"caf\xe9,sha256\n", "line 1 is not UTF-8"),
         ("damaged.csv", b"sha256\n\0\0\0", "line 2 has a zero byte"),
-        ("wrapped.json", wrapped.as_bytes(), "an object around the array"),
-        ("headerless.csv", headerless.as_bytes(), "it names no columns"),
+        ("wrapped.json", wrapped.as_bytes(), "an object that contains the array"),
+        ("headerless.csv", headerless.as_bytes(), "the first row names no columns"),
         ("empty.csv", b"", "the file is empty"),
     ] {
         let refused = run(&server, name, file, &[]);

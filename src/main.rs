@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-/// A Check allocates some twenty small things and frees them again at once: see docs/performance.md for what it gains.
+/// A Check allocates and frees about twenty small blocks; docs/performance.md has what this allocator gains.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -1,4 +1,4 @@
-//! `keyward call_accounts`: the organisations that own keys.
+//! `keyward accounts`: creates, lists and changes accounts, the organizations that own keys.
 
 use clap::{Args, Subcommand};
 
@@ -13,48 +13,46 @@ use super::{
 };
 use crate::pb;
 
-/// `keyward call_accounts ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum AccountsCommand {
-    /// Create an account
+    /// Create an account that can own keys
     Create {
-        /// 1-64 characters of [A-Za-z0-9_-]; generated when it is left out
+        /// 1-64 characters of [A-Za-z0-9_-] [default: generated]
         #[arg(long)]
         id: Option<String>,
         /// Name for people [default: the id]
         #[arg(long)]
         name: Option<String>,
-        /// The longest that its keys may live: a duration (90d, 1y), or never for no limit [default: never]
+        /// The longest lifetime of its keys: a duration (90d, 1y), or never for no limit [default: never]
         #[arg(long, value_name = "DURATION", value_parser = LifetimeArg::parse)]
         longest_life: Option<LifetimeArg>,
     },
-    /// Show one account
+    /// Show one account with all its fields
     Get(AccountIdArgs),
     /// List accounts in the order of their ids
     List {
         #[command(flatten)]
         page: PageArgs,
     },
-    /// Change an account's name, or how long its keys may live
+    /// Change an account's name, or the longest lifetime of its keys
     Update {
         #[command(flatten)]
         account: AccountIdArgs,
         #[command(flatten)]
         change: AccountChangeArgs,
     },
-    /// Refuse every key of an account, until it is resumed
+    /// Refuse every key of an account until it is resumed
     Suspend {
         #[command(flatten)]
         account: AccountIdArgs,
-        /// Do not ask first
+        /// Do not ask for confirmation
         #[arg(long, short)]
         yes: bool,
     },
-    /// End what suspend began
+    /// Accept the keys of a suspended account again
     Resume(AccountIdArgs),
 }
 
-/// Which account.
 #[derive(Debug, Args)]
 pub(super) struct AccountIdArgs {
     /// The account's id
@@ -62,41 +60,42 @@ pub(super) struct AccountIdArgs {
     id: String,
 }
 
-/// What of an account to change.
+/// The changes of an account; at least one is required.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
 pub(super) struct AccountChangeArgs {
-    /// The new name
+    /// The account's new name, for people
     #[arg(long)]
     name: Option<String>,
-    /// The longest that keys may live which are made, or given another expiry, from now on: a duration (90d,
-    /// 1y), or never for no limit
+    /// The longest lifetime of keys that are created, or given another expiry, from now on: a duration (90d, 1y), or
+    /// never for no limit
     #[arg(long, value_name = "DURATION", value_parser = LifetimeArg::parse)]
     longest_life: Option<LifetimeArg>,
 }
 
 impl AccountsCommand {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        if let AccountsCommand::Suspend { account: one, yes } = &self {
-            cx.console.confirm(&format!("Refuse every key of account {}?", shown_value(&one.id)), *yes)?;
+        if let AccountsCommand::Suspend { account, yes } = &self {
+            cx.console
+                .confirm(&format!("Refuse every key of account {}?", shown_value(&account.id)), *yes)?;
         }
         let session = cx.connect()?;
         match self {
             AccountsCommand::Create { id, name, longest_life } => {
-                let question = pb::CreateAccountRequest {
+                let request = pb::CreateAccountRequest {
                     id: id.unwrap_or_default(),
                     name: name.unwrap_or_default(),
                     longest_life: longest_life.and_then(LifetimeArg::to_proto_limit),
                 };
-                create_account(cx, &session, question).await
+                create_account(cx, &session, request).await
             }
-            AccountsCommand::Get(one) => get_account(cx, &session, one.id).await,
+            AccountsCommand::Get(account) => get_account(cx, &session, account.id).await,
             AccountsCommand::List { page } => list_accounts(cx, &session, &page).await,
-            AccountsCommand::Update { account: one, change } => {
-                update_account(cx, &session, change.into_request(one.id)).await
+            AccountsCommand::Update { account, change } => {
+                update_account(cx, &session, change.into_request(account.id)).await
             }
-            AccountsCommand::Suspend { account: one, .. } => suspend_account(cx, &session, one.id).await,
-            AccountsCommand::Resume(one) => resume_account(cx, &session, one.id).await,
+            AccountsCommand::Suspend { account, .. } => suspend_account(cx, &session, account.id).await,
+            AccountsCommand::Resume(account) => resume_account(cx, &session, account.id).await,
         }
         .map(|()| 0)
     }
@@ -116,22 +115,22 @@ impl AccountChangeArgs {
 async fn create_account(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
-    question: pb::CreateAccountRequest,
+    request: pb::CreateAccountRequest,
 ) -> Result<(), CliError> {
-    let answer = session
-        .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+    let response = session
+        .call_accounts(DefaultTimeout::Quick, request, async |mut client, request| {
             client.create(request).await
         })
         .await?;
-    cx.print_response(&answer, |colours| render_account(answer.account.as_ref(), colours))
+    cx.print_response(&response, |colors| render_account(response.account.as_ref(), colors))
 }
 
 async fn get_account(cx: &mut CommandContext<'_>, session: &ApiClient, id: String) -> Result<(), CliError> {
-    let question = pb::GetAccountRequest { id };
-    let answer = session
-        .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| client.get(request).await)
+    let request = pb::GetAccountRequest { id };
+    let response = session
+        .call_accounts(DefaultTimeout::Quick, request, async |mut client, request| client.get(request).await)
         .await?;
-    cx.print_response(&answer, |colours| render_account(answer.account.as_ref(), colours))
+    cx.print_response(&response, |colors| render_account(response.account.as_ref(), colors))
 }
 
 async fn list_accounts(
@@ -141,19 +140,19 @@ async fn list_accounts(
 ) -> Result<(), CliError> {
     let fetched = page
         .fetch_pages(async |size, page_token| {
-            let question = pb::ListAccountsRequest { page_size: Some(size), page_token };
-            let answer = session
-                .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+            let request = pb::ListAccountsRequest { page_size: Some(size), page_token };
+            let response = session
+                .call_accounts(DefaultTimeout::Quick, request, async |mut client, request| {
                     client.list(request).await
                 })
                 .await?;
-            Ok((answer.accounts, answer.next_page_token))
+            Ok((response.accounts, response.next_page_token))
         })
         .await?;
     let note = fetched.truncation_note();
-    let answer =
+    let response =
         pb::ListAccountsResponse { accounts: fetched.items, next_page_token: fetched.next_page_token };
-    cx.print_response(&answer, |colours| render_accounts(&answer.accounts, colours))?;
+    cx.print_response(&response, |colors| render_accounts(&response.accounts, colors))?;
     cx.console.eprint(&note.unwrap_or_default());
     Ok(())
 }
@@ -161,14 +160,14 @@ async fn list_accounts(
 async fn update_account(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
-    question: pb::UpdateAccountRequest,
+    request: pb::UpdateAccountRequest,
 ) -> Result<(), CliError> {
-    let answer = session
-        .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+    let response = session
+        .call_accounts(DefaultTimeout::Quick, request, async |mut client, request| {
             client.update(request).await
         })
         .await?;
-    cx.print_response(&answer, |colours| render_account(answer.account.as_ref(), colours))
+    cx.print_response(&response, |colors| render_account(response.account.as_ref(), colors))
 }
 
 async fn suspend_account(
@@ -176,16 +175,16 @@ async fn suspend_account(
     session: &ApiClient,
     id: String,
 ) -> Result<(), CliError> {
-    let question = pb::SuspendAccountRequest { id };
-    let answer = session
-        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
+    let request = pb::SuspendAccountRequest { id };
+    let response = session
+        .call_accounts(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.suspend(request).await
         })
         .await?;
-    cx.print_response(&answer, |colours| {
-        render_account(answer.account.as_ref(), colours)
+    cx.print_response(&response, |colors| {
+        render_account(response.account.as_ref(), colors)
             + "\n"
-            + &text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+            + &text_output::format_propagation(response.revision, response.propagation.as_ref())
     })
 }
 
@@ -194,21 +193,21 @@ async fn resume_account(
     session: &ApiClient,
     id: String,
 ) -> Result<(), CliError> {
-    let question = pb::ResumeAccountRequest { id };
-    let answer = session
-        .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+    let request = pb::ResumeAccountRequest { id };
+    let response = session
+        .call_accounts(DefaultTimeout::Quick, request, async |mut client, request| {
             client.resume(request).await
         })
         .await?;
-    cx.print_response(&answer, |colours| render_account(answer.account.as_ref(), colours))
+    cx.print_response(&response, |colors| render_account(response.account.as_ref(), colors))
 }
 
-fn render_account(account: Option<&pb::Account>, colours: bool) -> String {
-    account.map(|account| text_output::describe_account(account).render(colours)).unwrap_or_default()
+fn render_account(account: Option<&pb::Account>, colors: bool) -> String {
+    account.map(|account| text_output::describe_account(account).render(colors)).unwrap_or_default()
 }
 
-fn render_accounts(accounts: &[pb::Account], colours: bool) -> String {
-    let mut rows = ListTable::new(&["ID", "NAME", "STATE", "LONGEST LIFE", "CREATED"], colours);
+fn render_accounts(accounts: &[pb::Account], colors: bool) -> String {
+    let mut rows = ListTable::new(&["ID", "NAME", "STATE", "LONGEST LIFE", "CREATED"], colors);
     for account in accounts {
         rows.add_row([
             plain_cell(&account.id),
@@ -235,14 +234,14 @@ mod tests {
 
     #[test]
     fn a_longest_life_is_set_taken_away_or_left_as_it_is() {
-        let asked = |line: &str| {
+        let change = |line: &str| {
             let only = Only::try_parse_from(format!("update {line}").split_whitespace()).unwrap();
             let request = only.change.into_request("acme".into());
             (request.longest_life.map(|life| life.seconds), request.no_longest_life, request.name)
         };
-        assert_eq!(asked("--longest-life 90d"), (Some(90 * 86_400), false, None));
-        assert_eq!(asked("--longest-life never"), (None, true, None));
-        assert_eq!(asked("--name Acme"), (None, false, Some("Acme".to_owned())));
+        assert_eq!(change("--longest-life 90d"), (Some(90 * 86_400), false, None));
+        assert_eq!(change("--longest-life never"), (None, true, None));
+        assert_eq!(change("--name Acme"), (None, false, Some("Acme".to_owned())));
         assert!(Only::try_parse_from(["update"]).is_err(), "an update changes something");
     }
 

@@ -1,5 +1,6 @@
-//! The connection to the server, and one way to ask over it: with the caller's token, a time limit and
-//! patience.
+//! The client for the server's gRPC services: it adds the caller's token, a request id and a time limit to every call.
+//!
+//! Not here: which calls a command makes, and how its settings are read (`config::client`).
 
 use std::{path::Path, time::Duration};
 
@@ -28,23 +29,22 @@ use crate::{
     },
 };
 
-/// A page of keys with all they may hold is larger than the 4 MiB that clients take by default, and BulkRevoke
-/// answers with up to 5,000 keys.
+/// Larger than the default of 4 MiB, because a page of large keys and the up to 5,000 keys of a BulkRevoke exceed that.
 const MAX_RESPONSE_BYTES: usize = 256 << 20;
 
 const REQUEST_ID_HEADER: &str = "x-request-id";
 
-/// How long this side waits on after the server should have answered: its report is worth more than ours.
+/// How long the client waits past the deadline. The server's own timeout status has more details than a local one.
 const TIMEOUT_GRACE: Duration = Duration::from_millis(250);
 
-/// How long a call may take when nobody said.
+/// The time limit of a call if `--timeout` is not given.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum DefaultTimeout {
-    /// It is answered at once.
+    /// The server answers without waiting for replicas.
     Quick,
-    /// It reads all there is before it is answered.
+    /// The server reads the whole log before it answers.
     FullScan,
-    /// It is answered when every replica knows of the change, or its lease has run out.
+    /// The server answers after every replica has applied the change or lost its lease.
     Propagation,
 }
 
@@ -53,26 +53,25 @@ impl DefaultTimeout {
         Duration::from_secs(match self {
             DefaultTimeout::Quick => 10,
             DefaultTimeout::FullScan => 600,
-            // The default lease is 60 s, and an unreachable replica is waited for 1.25 times as long.
+            // The default lease is 60 s, and the server waits 1.25 times as long for an unreachable replica.
             DefaultTimeout::Propagation => 90,
         })
     }
 }
 
-/// The caller, connected.
 pub(super) struct ApiClient {
     channel: Channel,
-    /// None = the client certificate says who calls.
+    /// `None` if a client certificate authenticates the caller.
     authorization: Option<MetadataValue<Ascii>>,
     server: ServerUrl,
     timeout: Option<Duration>,
-    /// The headers that say which trace a call is part of.
+    /// The headers that make each call part of the inherited trace.
     trace_headers: Vec<(&'static str, MetadataValue<Ascii>)>,
     hides_spinner: bool,
 }
 
 impl ApiClient {
-    /// Reads the caller's token and makes ready to connect, which the first call does.
+    /// Reads the caller's token and prepares the connection. The first call connects.
     pub(super) fn from_settings(settings: &ClientSettings) -> Result<ApiClient, CliError> {
         if !settings.insecure {
             refuse_exposed_plaintext(&settings.server)?;
@@ -89,11 +88,11 @@ impl ApiClient {
         };
         let limit = settings.timeout.unwrap_or(DefaultTimeout::Quick.duration());
         let mut endpoint = Endpoint::from_shared(settings.server.as_str().to_owned())
-            .map_err(|_| CliError::new(format!("{} is no server's address", settings.server)))?
+            .map_err(|_| CliError::new(format!("{} is not a server address", settings.server)))?
             .connect_timeout(limit);
         if settings.server.is_tls() {
             let unusable =
-                |error| CliError::new(format!("TLS cannot be spoken: {}", error::root_cause(&error)));
+                |error| CliError::new(format!("TLS cannot be used: {}", error::root_cause(&error)));
             endpoint = endpoint.tls_config(load_tls_config(settings)?).map_err(unusable)?;
         }
         Ok(ApiClient {
@@ -101,7 +100,7 @@ impl ApiClient {
             authorization: bearer,
             server: settings.server.clone(),
             timeout: settings.timeout,
-            // They are visible ASCII, which no header refuses.
+            // Their values are visible ASCII, so none fails to parse.
             trace_headers: settings
                 .trace_parent
                 .iter()
@@ -112,65 +111,61 @@ impl ApiClient {
         })
     }
 
-    /// The same without a spinner, for a command that shows by itself how far it is.
+    /// Hides the spinner, for a command that shows its own progress.
     pub(super) fn without_spinner(self) -> ApiClient {
         ApiClient { hides_spinner: true, ..self }
     }
 
-    /// Asks KeyService.
     pub(super) async fn call_keys<Q, A>(
         &self,
-        patience: DefaultTimeout,
-        question: Q,
+        timeout: DefaultTimeout,
+        request: Q,
         call: impl AsyncFnOnce(KeyServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, CliError> {
         let client =
             KeyServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_RESPONSE_BYTES);
-        self.call(patience, question, async |request| call(client, request).await).await
+        self.call(timeout, request, async |request| call(client, request).await).await
     }
 
-    /// Asks AccountService.
     pub(super) async fn call_accounts<Q, A>(
         &self,
-        patience: DefaultTimeout,
-        question: Q,
+        timeout: DefaultTimeout,
+        request: Q,
         call: impl AsyncFnOnce(AccountServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, CliError> {
         let client =
             AccountServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_RESPONSE_BYTES);
-        self.call(patience, question, async |request| call(client, request).await).await
+        self.call(timeout, request, async |request| call(client, request).await).await
     }
 
-    /// Asks AuthzService.
     pub(super) async fn call_authz<Q, A>(
         &self,
-        question: Q,
+        request: Q,
         call: impl AsyncFnOnce(AuthzServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, CliError> {
         let client = AuthzServiceClient::new(self.channel.clone());
-        self.call(DefaultTimeout::Quick, question, async |request| call(client, request).await).await
+        self.call(DefaultTimeout::Quick, request, async |request| call(client, request).await).await
     }
 
-    /// Asks AuditService.
     pub(super) async fn call_audit<Q, A>(
         &self,
-        patience: DefaultTimeout,
-        question: Q,
+        timeout: DefaultTimeout,
+        request: Q,
         call: impl AsyncFnOnce(AuditServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, CliError> {
         let client =
             AuditServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_RESPONSE_BYTES);
-        self.call(patience, question, async |request| call(client, request).await).await
+        self.call(timeout, request, async |request| call(client, request).await).await
     }
 
     async fn call<Q, A>(
         &self,
-        patience: DefaultTimeout,
-        question: Q,
+        timeout: DefaultTimeout,
+        request: Q,
         call: impl AsyncFnOnce(Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, CliError> {
-        let limit = self.timeout.unwrap_or(patience.duration());
-        let mut request = Request::new(question);
+        let limit = self.timeout.unwrap_or(timeout.duration());
+        let mut request = Request::new(request);
         if let Some(bearer) = &self.authorization {
             request.metadata_mut().insert("authorization", bearer.clone());
         }
@@ -179,12 +174,12 @@ impl ApiClient {
         for (name, value) in &self.trace_headers {
             request.metadata_mut().insert(*name, value.clone());
         }
-        // Tells the server how long there is; the transport gives up then too.
+        // Sends the deadline to the server; the transport also ends the call then.
         request.set_timeout(limit);
-        let answer = tokio::time::timeout(limit + TIMEOUT_GRACE, call(request));
-        match if self.hides_spinner { answer.await } else { console::with_spinner(answer).await } {
-            Ok(Ok(answer)) => Ok(answer.into_inner()),
-            // What the transport makes of its own time limit.
+        let response = tokio::time::timeout(limit + TIMEOUT_GRACE, call(request));
+        match if self.hides_spinner { response.await } else { console::with_spinner(response).await } {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            // The status that the transport returns when its own time limit ends a call.
             Ok(Err(status)) if status.code() == tonic::Code::Cancelled => {
                 Err(CliError::from_timeout(limit).with_request_id(&id))
             }
@@ -194,32 +189,31 @@ impl ApiClient {
     }
 }
 
-/// Tokens are not sent in plaintext to another machine; `--insecure` is the way to do it all the same.
+/// Refuses to send a token in plaintext to another machine. `--insecure` skips this check.
 fn refuse_exposed_plaintext(server: &ServerUrl) -> Result<(), CliError> {
-    // Without an address nothing can be sent; and what another look-up would find is not known.
+    // A failed lookup is an error: a second lookup, when connecting, could return the address of another machine.
     let exposed = server.exposed_address().map_err(|error| {
         CliError::new(format!("cannot reach {server}: {error}"))
             .with_hint("is the name right? --server or KEYWARD_SERVER names another")
     })?;
     let Some(address) = exposed else { return Ok(()) };
-    let message = format!(
-        "{server} ({address}) is another machine, and without TLS tokens would be readable on the way"
-    );
+    let message =
+        format!("{server} ({address}) is another machine, and without TLS the network could read tokens");
     Err(CliError::new(message).with_hint(
-        "use https://HOST:PORT; where something else protects the network, allow it with --insecure",
+        "use https://HOST:PORT; if something else protects the network, allow plaintext with --insecure",
     ))
 }
 
-/// A name for a call: by it the server's log, its audit log and its traces tell of this one, whatever became of the
-/// answer.
+/// Creates a request id. The server's log, audit log and traces contain it, even if the response is lost.
 fn new_request_id() -> Result<MetadataValue<Ascii>, CliError> {
-    let failed = |error: &dyn std::error::Error| CliError::new(format!("no name for the call: {error}"));
+    let failed =
+        |error: &dyn std::error::Error| CliError::new(format!("cannot create a request id: {error}"));
     let random = random_bytes(&SystemEntropy).map_err(|error| failed(&error))?;
     let id = uuid::Builder::from_random_bytes(random).into_uuid();
     id.to_string().parse().map_err(|error| failed(&error))
 }
 
-/// The token of a file, as it is sent.
+/// Reads a token from a file as the value of the `authorization` header.
 fn read_authorization(file: &Path) -> Result<MetadataValue<Ascii>, CliError> {
     let secret = token_io::read_caller_token(file)?;
     let text = Zeroizing::new(format!("Bearer {}", secret.reveal()));
@@ -229,7 +223,7 @@ fn read_authorization(file: &Path) -> Result<MetadataValue<Ascii>, CliError> {
     Ok(bearer)
 }
 
-/// Whom to believe, and what to show.
+/// Builds the TLS configuration: trusted CAs and, if configured, the client certificate.
 fn load_tls_config(settings: &ClientSettings) -> Result<ClientTlsConfig, CliError> {
     let read = |path: &Path| {
         std::fs::read(path)
@@ -278,12 +272,12 @@ mod tests {
     async fn whoami(server: &str) -> CliError {
         let folder = tempfile::tempdir().unwrap();
         let session = ApiClient::from_settings(&settings(server, Some(&token_file(&folder)))).unwrap();
-        let answer = session
+        let response = session
             .call_keys(DefaultTimeout::Quick, pb::WhoAmIRequest {}, async |mut client, request| {
                 client.who_am_i(request).await
             })
             .await;
-        answer.unwrap_err()
+        response.unwrap_err()
     }
 
     #[tokio::test]

@@ -1,4 +1,4 @@
-//! `keyward call_audit`: reading the log of every change, verifying it, and taking copies of it.
+//! `keyward audit`: lists, verifies, exports and archives the audit log.
 
 pub(super) mod archive;
 mod export;
@@ -16,16 +16,15 @@ use super::{
 };
 use crate::{clock::SystemClock, pb};
 
-/// `keyward call_audit ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum AuditCommand {
-    /// List changes
+    /// List changes, newest first
     List(AuditListArgs),
-    /// Verify that the log is whole and that the database agrees with it; exit code 0 = it is
+    /// Verify that the log is complete and that the database agrees with it; exit code 0 if both hold
     Verify(verify::AuditVerifyArgs),
-    /// Write the log as JSON lines that anybody can verify, also without a server
+    /// Export the log as JSON lines that anybody can verify without a server
     Export(export::AuditExportArgs),
-    /// Move the oldest entries to a file, with the database at hand
+    /// Move the oldest entries to a file, with direct access to the database
     Archive(archive::AuditArchiveArgs),
 }
 
@@ -35,13 +34,12 @@ impl AuditCommand {
             AuditCommand::List(args) => args.run(cx).await,
             AuditCommand::Verify(args) => args.run(cx).await,
             AuditCommand::Export(args) => args.run(cx).await,
-            // It needs the database, and is run before a client command would be.
+            // `cli::main` runs it, because it needs the database instead of a server.
             AuditCommand::Archive(_) => Ok(0),
         }
     }
 }
 
-/// Flags of `keyward call_audit list`.
 #[derive(Debug, Args)]
 pub(super) struct AuditListArgs {
     /// Only changes in this account
@@ -53,19 +51,19 @@ pub(super) struct AuditListArgs {
     /// Only changes made by the key with this id
     #[arg(long, value_name = "ID")]
     actor: Option<String>,
-    /// Only changes made for this person
+    /// Only changes made on behalf of this user
     #[arg(long, value_name = "USER")]
     acting_user: Option<String>,
     /// Only changes of this kind, such as key.revoked
     #[arg(long, value_name = "ACTION")]
     action: Option<String>,
-    /// The oldest first
+    /// List the oldest changes first
     #[arg(long)]
     oldest_first: bool,
-    /// Only changes from then on: a duration ago (12h) or an instant (RFC 3339)
+    /// Only changes since then: a duration ago (12h) or an instant (RFC 3339)
     #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
     from: Option<PastInstantArg>,
-    /// Only changes before then
+    /// Only changes before then: a duration ago (12h) or an instant (RFC 3339)
     #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
     to: Option<PastInstantArg>,
     #[command(flatten)]
@@ -75,7 +73,7 @@ pub(super) struct AuditListArgs {
 impl AuditListArgs {
     async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         let session = cx.connect()?;
-        let question = pb::ListAuditEntriesRequest {
+        let request = pb::ListAuditEntriesRequest {
             account: self.account.unwrap_or_default(),
             key_id: self.key.unwrap_or_default(),
             actor: self.actor.unwrap_or_default(),
@@ -89,29 +87,29 @@ impl AuditListArgs {
         let fetched = self
             .page
             .fetch_pages(async |size, page_token| {
-                let question =
-                    pb::ListAuditEntriesRequest { page_size: Some(size), page_token, ..question.clone() };
-                let answer = session
-                    .call_audit(DefaultTimeout::Quick, question, async |mut client, request| {
+                let request =
+                    pb::ListAuditEntriesRequest { page_size: Some(size), page_token, ..request.clone() };
+                let response = session
+                    .call_audit(DefaultTimeout::Quick, request, async |mut client, request| {
                         client.list(request).await
                     })
                     .await?;
-                Ok((answer.entries, answer.next_page_token))
+                Ok((response.entries, response.next_page_token))
             })
             .await?;
         let note = fetched.truncation_note();
-        let answer =
+        let response =
             pb::ListAuditEntriesResponse { entries: fetched.items, next_page_token: fetched.next_page_token };
-        cx.print_response(&answer, |colours| render_entries(&answer.entries, colours))?;
+        cx.print_response(&response, |colors| render_entries(&response.entries, colors))?;
         cx.console.eprint(&note.unwrap_or_default());
         Ok(0)
     }
 }
 
-fn render_entries(entries: &[pb::AuditEntry], colours: bool) -> String {
+fn render_entries(entries: &[pb::AuditEntry], colors: bool) -> String {
     let mut rows = ListTable::new(
         &["REVISION", "AT", "ACTION", "ACCOUNT", "USER", "KEY", "ACTOR", "FOR", "METHOD", "CHANGED"],
-        colours,
+        colors,
     );
     for entry in entries {
         rows.add_row([
@@ -130,13 +128,13 @@ fn render_entries(entries: &[pb::AuditEntry], colours: bool) -> String {
     rows.render("No changes.")
 }
 
-/// The fields of a record that an entry changed; of a new one that would be all.
+/// Lists the fields that an entry changed, or "new" for a new record.
 fn format_changed_fields(entry: &pb::AuditEntry) -> String {
     if entry.previous_revision == Some(0) {
         return "new".to_owned();
     }
     let names = entry.changes.iter().map(|change| change.field.as_str());
-    // It changes with everything, and says nothing.
+    // `updated_at` changes with every entry, so it carries no information.
     names.filter(|name| *name != "updated_at").collect::<Vec<_>>().join(", ")
 }
 

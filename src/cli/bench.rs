@@ -8,8 +8,10 @@ mod bench_keys;
 mod child_process;
 mod http2_client;
 mod load_generator;
+mod mode;
 mod overload;
 mod report;
+mod subject;
 
 use std::{
     path::{Path, PathBuf},
@@ -33,8 +35,10 @@ use baseline::BaselineKind;
 use bench_keys::{BenchKeys, CallMix};
 use child_process::{ChildProcess, CoreSet};
 use load_generator::{CallSource, ExpectedAnswer, LoadGenerator, LoadShape};
+use mode::BenchMode;
 use overload::OverloadReport;
-use report::{RoundResult, ServerFigures, ServerMeasurement};
+use report::{ServerFigures, ServerMeasurement};
+use subject::LoadSubject;
 
 /// The settings of a server that is given none: all keys of the load are one account's.
 const BENCH_CONFIG: &str = "[account_limits]\nkeys = 1000000000\nlog_rows_per_hour = 1000000000\n";
@@ -123,38 +127,6 @@ fn parse_rate(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "must be 0.1 to 10000000 calls a second".to_owned())
 }
 
-/// What to ask.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum BenchMode {
-    /// AuthzService.Check
-    Check,
-    /// AuthzService.BatchCheck
-    Batch,
-    /// AuthzService.StreamCheck
-    Stream,
-    /// KeyService.Create
-    Create,
-    /// KeyService.Revoke, each key once
-    Revoke,
-    /// What Envoy asks
-    ExtAuthz,
-    /// AuthzService.Check at shares of what the server can answer, from half to twice as many
-    Overload,
-}
-
-impl BenchMode {
-    fn method_path(self) -> &'static str {
-        match self {
-            BenchMode::Check | BenchMode::Overload => "/keyward.v1.AuthzService/Check",
-            BenchMode::Batch => "/keyward.v1.AuthzService/BatchCheck",
-            BenchMode::Stream => "/keyward.v1.AuthzService/StreamCheck",
-            BenchMode::Create => "/keyward.v1.KeyService/Create",
-            BenchMode::Revoke => "/keyward.v1.KeyService/Revoke",
-            BenchMode::ExtAuthz => "/envoy.service.auth.v3.Authorization/Check",
-        }
-    }
-}
-
 /// `keyward bench-baseline`: what the program starts to measure against.
 #[derive(Debug, Args)]
 pub(super) struct BaselineArgs {
@@ -179,43 +151,6 @@ pub(super) async fn run_until_sigterm(
     tokio::select! {
         ended = run => ended,
         _ = terminate.recv() => Ok(TERMINATED),
-    }
-}
-
-/// A server under load.
-struct LoadSubject {
-    measurement: ServerMeasurement,
-    load: LoadGenerator,
-    server: Option<Arc<ChildProcess>>,
-}
-
-impl LoadSubject {
-    async fn run_round(&mut self, duration: Duration) -> Result<RoundResult, CliError> {
-        let server = || self.server.as_ref().map(|server| server.cpu_time());
-        let (before, own) = (server(), child_process::own_cpu_time());
-        let tally = self.load.run_round(duration).await?;
-        let server = server().zip(before).map(|(after, before)| after.saturating_sub(before));
-        Ok(RoundResult {
-            tally,
-            server_cpu: server,
-            client_cpu: child_process::own_cpu_time().saturating_sub(own),
-        })
-    }
-}
-
-impl LoadSubject {
-    /// The same server in an open loop.
-    fn with_rate(&self, rate: f64, spins: bool) -> LoadSubject {
-        let measured = ServerMeasurement {
-            name: self.measurement.name.clone(),
-            items_per_answer: 1,
-            rounds: Vec::new(),
-        };
-        LoadSubject {
-            measurement: measured,
-            load: self.load.with_rate(rate, spins),
-            server: self.server.clone(),
-        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! `keyward describe_check`: asks whether a token is valid. The exit code is the verdict, for scripts.
+//! `keyward check`: checks whether a token is valid. The exit code is the verdict, for scripts.
 
 use std::path::{Path, PathBuf};
 
@@ -14,65 +14,65 @@ use crate::pb;
 const CHECK_HELP: &str = "\
 Exit codes: 0 allowed; 1 denied; 2 could not be answered (any error, bad usage included).
 
-The token that is asked about comes from a file or stdin, never from an argument. It is another one than the \
-caller's own (--token-file), which needs keyward:check.
+The token to check comes from a file or stdin, never from an argument. It is not the \
+caller's own token (--token-file), which needs the scope keyward:check.
 
 Example: keyward check --environment production --scope monitors:read --subject-token-file ./token";
 
-/// Where a token that is asked about comes from.
+/// Flags that name the source of the token to check.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub(super) struct SubjectTokenArgs {
-    /// File that holds the token to ask about, `-` for stdin
+    /// File that holds the token to check, `-` for stdin
     #[arg(long, value_name = "FILE")]
     subject_token_file: Option<PathBuf>,
-    /// Read the token to ask about from stdin
+    /// Read the token to check from stdin
     #[arg(long)]
     subject_stdin: bool,
 }
 
 impl SubjectTokenArgs {
-    /// Reads the token.
     pub(super) fn read_token(&self, cx: &mut CommandContext<'_>) -> Result<token_io::PlainToken, CliError> {
         let path = self.subject_token_file.as_deref().unwrap_or(Path::new("-"));
         if token_io::is_stdin(path) && cx.is_stdin_used_for_token() {
-            return Err(CliError::new("stdin can hold one token, and the caller's own comes from there")
-                .with_hint("name a file in --token-file or --subject-token-file"));
+            return Err(CliError::new(
+                "stdin can hold one token, and the caller's own token comes from there",
+            )
+            .with_hint("name a file in --token-file or --subject-token-file"));
         }
         cx.warn_if_readable_by_others(path);
         token_io::read_token(path)
     }
 }
 
-/// Flags of `keyward describe_check`.
 #[derive(Debug, Args)]
 #[command(after_help = CHECK_HELP)]
 pub(super) struct CheckArgs {
     #[command(flatten)]
     subject_token: SubjectTokenArgs,
-    /// The environment that is asked about
+    /// The environment in which the token is used
     #[arg(long, short, value_name = "NAME")]
     environment: String,
-    /// Scopes that are all needed, concrete such as monitors:read (repeat, or separate by commas)
+    /// Concrete scope such as monitors:read; every one is required (repeat, or separate by commas)
     #[arg(long = "scope", short, value_name = "SCOPE", value_delimiter = ',')]
     #[arg(required_unless_present = "authenticate_only")]
     scopes: Vec<String>,
-    /// Ask only whether the token is valid, not what it may do
+    /// Check only whether the token is valid, not its scopes
     #[arg(long)]
     authenticate_only: bool,
-    /// The account that is acted on; needed for user keys
+    /// The account that is accessed; required for user keys
     #[arg(long, value_name = "ID")]
     account: Option<String>,
-    /// The customer that is acted on
+    /// The customer that is accessed
     #[arg(long, value_name = "ID")]
     customer: Option<String>,
-    /// The end client's address
+    /// The IP address of the end client
     #[arg(long, value_name = "IP")]
     client_ip: Option<String>,
     /// Units to consume of rate limits and quota [default: 1]
     #[arg(long, value_name = "N")]
     cost: Option<u64>,
-    /// Decide, and consume nothing
+    /// Decide without consuming rate limits or quota
     #[arg(long)]
     dry_run: bool,
     /// Answer only from a state at least as new as this revision
@@ -81,15 +81,15 @@ pub(super) struct CheckArgs {
 }
 
 impl CheckArgs {
-    /// Asks, and answers with the verdict's exit code.
+    /// Sends the Check and returns the verdict's exit code.
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         let subject = self.subject_token.read_token(cx)?;
         let session = cx.connect()?;
-        let question = self.into_request(&subject);
-        let answer =
-            session.call_authz(question, async |mut client, request| client.check(request).await).await?;
-        cx.print_response(&answer, |colours| text_output::describe_check(&answer).render(colours))?;
-        Ok(if answer.allowed { 0 } else { EXIT_REFUSED })
+        let request = self.into_request(&subject);
+        let response =
+            session.call_authz(request, async |mut client, request| client.check(request).await).await?;
+        cx.print_response(&response, |colors| text_output::describe_check(&response).render(colors))?;
+        Ok(if response.allowed { 0 } else { EXIT_REFUSED })
     }
 
     fn into_request(self, subject: &token_io::PlainToken) -> pb::CheckRequest {
@@ -133,21 +133,21 @@ mod tests {
 
     #[test]
     fn flags_become_the_request() {
-        let asked = request(
+        let check = request(
             "--environment production --scope a:b,c:d --scope e:f --account acme --customer c1 \
              --client-ip ::1 --cost 3 --dry-run --min-revision 9 --subject-stdin",
         );
-        assert_eq!(asked.token, "kw_subject");
-        assert_eq!(asked.scopes, ["a:b", "c:d", "e:f"]);
-        assert_eq!((asked.cost, asked.min_revision, asked.dry_run), (Some(3), Some(9), true));
-        assert_eq!((asked.account.as_deref(), asked.client_ip.as_deref()), (Some("acme"), Some("::1")));
+        assert_eq!(check.token, "kw_subject");
+        assert_eq!(check.scopes, ["a:b", "c:d", "e:f"]);
+        assert_eq!((check.cost, check.min_revision, check.dry_run), (Some(3), Some(9), true));
+        assert_eq!((check.account.as_deref(), check.client_ip.as_deref()), (Some("acme"), Some("::1")));
     }
 
     #[test]
     fn what_is_not_said_is_not_sent() {
-        let asked = request("--environment production --authenticate-only --subject-stdin");
-        assert!(asked.scopes.is_empty() && asked.authenticate_only);
-        assert_eq!((asked.account, asked.customer, asked.client_ip, asked.cost), (None, None, None, None));
+        let check = request("--environment production --authenticate-only --subject-stdin");
+        assert!(check.scopes.is_empty() && check.authenticate_only);
+        assert_eq!((check.account, check.customer, check.client_ip, check.cost), (None, None, None, None));
     }
 
     #[test]

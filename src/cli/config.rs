@@ -1,5 +1,6 @@
-//! `keyward config`: what a server's settings are, where each comes from, and whether a file would be accepted. It
-//! speaks to no server and opens no database: it reads what a server would read, with the server's own code.
+//! `keyward config`: shows a server's settings with their sources, and validates configuration files.
+//!
+//! It calls no server and opens no database: it reads the same files as a server, with the server's own code.
 
 use std::{
     fmt::Write as _,
@@ -24,29 +25,28 @@ use crate::config::{
 };
 use crate::domain::text::escape_json;
 
-/// `keyward config ...`.
 #[derive(Debug, Args)]
 pub(super) struct ConfigCommandArgs {
     #[command(subcommand)]
     command: ConfigCommand,
-    /// How to print the answer [default: table]
+    /// The format of the output [default: table]
     #[arg(long, global = true, value_enum, value_name = "FORMAT")]
     output: Option<OutputFormat>,
 }
 
 #[derive(Debug, Subcommand)]
 enum ConfigCommand {
-    /// Show every setting in force, and where it comes from; takes what `keyward serve` takes
+    /// Show every setting in force with its source; takes the flags of `keyward serve`
     #[command(
-        after_help = "What is shown can be used as a file again, but for secrets, which are never shown.\n\n\
+        after_help = "The output is a valid configuration file, except for secrets, which are never shown.\n\n\
                             Exit codes: 0 done; 1 a setting is wrong; 2 the file cannot be read."
     )]
     Show(Box<WithSources<ServeArgs>>),
-    /// Say whether a server would accept a file, and everything that is wrong with it
-    #[command(after_help = "Flags and the environment count, as for `keyward serve`.\n\n\
+    /// Check whether a server would accept a file, and list every problem in it
+    #[command(after_help = "Flags and the environment apply as for `keyward serve`.\n\n\
                             Exit codes: 0 accepted; 1 refused; 2 the file cannot be read.")]
     Check {
-        /// The file [default: the one of --config]
+        /// The configuration file [default: the one of --config]
         file: Option<PathBuf>,
         #[command(flatten)]
         serve: Box<ServeArgs>,
@@ -57,7 +57,7 @@ enum ConfigCommand {
     Schema,
 }
 
-/// Runs the command; `outer` are flags before its name.
+/// Runs the command. `outer` has the flags before the command's name.
 pub(super) fn run(args: ConfigCommandArgs, outer: ClientArgs, console: &mut Console) -> Result<u8, CliError> {
     let output = ClientArgs { output: args.output.or(outer.output), ..ClientArgs::default() };
     let json = ClientSettings::load(output)?.output == OutputFormat::Json;
@@ -86,7 +86,7 @@ fn read_document(path: Option<&Path>) -> Result<Option<ConfigFile>, CliError> {
     path.map(|path| ConfigFile::load(path).map_err(config_file_error)).transpose()
 }
 
-/// A file that cannot be read is no answer; one that is wrong is.
+/// An unreadable file exits as unanswered, an invalid one as refused.
 pub(super) fn config_file_error(error: ConfigError) -> CliError {
     match error {
         ConfigError::Unreadable { .. } => CliError::new(error.to_string()),
@@ -100,7 +100,6 @@ fn format_problems(problems: &[ConfigProblem]) -> Vec<String> {
     problems.iter().map(ToString::to_string).collect()
 }
 
-/// What is to be said of a file.
 struct ConfigCheckReport {
     path: String,
     problems: Vec<String>,
@@ -131,11 +130,11 @@ fn check_file(file: Option<PathBuf>, mut serve: ServeArgs) -> Result<ConfigCheck
 
 impl ConfigCheckReport {
     fn to_text(&self) -> String {
-        let said = if self.problems.is_empty() { "accepted" } else { "refused" };
-        let mut text = format!("{}: {said}\n", escape_terminal(&self.path));
+        let verdict = if self.problems.is_empty() { "accepted" } else { "refused" };
+        let mut text = format!("{}: {verdict}\n", escape_terminal(&self.path));
         for (level, lines) in [("", &self.problems), ("warning: ", &self.warnings)] {
             for line in lines {
-                // Writing to a String does not fail.
+                // Writing to a String cannot fail.
                 let _ = writeln!(text, "  {level}{}", escape_terminal(line));
             }
         }
@@ -150,16 +149,16 @@ impl ConfigCheckReport {
     }
 }
 
-/// As a file that can be used again: what has no value, or must not be shown, stands in a comment.
+/// Formats the settings as a configuration file. Settings without a value, and secrets, are comments.
 fn format_toml(settings: &[EffectiveSetting]) -> String {
     let (mut text, mut table) = (String::new(), "");
     for EffectiveSetting { key, value, origin } in settings {
-        // The path of a file may hold anything.
+        // A file's path may contain control characters.
         let origin = escape_terminal(&origin.to_string());
         let (of, name) = key.path.rsplit_once('.').unwrap_or(("", &key.path));
         if of != table {
             table = of;
-            // An empty table may turn something on.
+            // An empty table can enable a feature, so a table without set values is a comment.
             let in_table = settings.iter().filter(|setting| setting.key.path.starts_with(&format!("{of}.")));
             let is_set =
                 in_table.into_iter().any(|setting| !matches!(setting.value, EffectiveValue::Description(_)));
@@ -180,9 +179,9 @@ fn format_toml(settings: &[EffectiveSetting]) -> String {
 fn format_json(settings: &[EffectiveSetting]) -> String {
     let one = |EffectiveSetting { key, value, origin }: &EffectiveSetting| {
         let hidden = matches!(value, EffectiveValue::Redacted(_));
-        let (value, said) = match value {
+        let (value, text) = match value {
             EffectiveValue::Value(value) => (json!(value), None),
-            EffectiveValue::Redacted(said) | EffectiveValue::Description(said) => (json!(null), Some(said)),
+            EffectiveValue::Redacted(text) | EffectiveValue::Description(text) => (json!(null), Some(text)),
         };
         let origin = match origin {
             SettingOrigin::Default => json!({ "kind": "default" }),
@@ -190,7 +189,7 @@ fn format_json(settings: &[EffectiveSetting]) -> String {
             SettingOrigin::Environment(name) => json!({ "kind": "environment", "name": name }),
             SettingOrigin::Flag(name) => json!({ "kind": "flag", "name": name }),
         };
-        json!({ "key": key.path, "value": value, "hidden": hidden, "said": said, "origin": origin })
+        json!({ "key": key.path, "value": value, "hidden": hidden, "said": text, "origin": origin })
     };
     escape_json(format!("{:#}\n", json!({ "settings": settings.iter().map(one).collect::<Vec<_>>() })))
 }

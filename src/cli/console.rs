@@ -1,6 +1,7 @@
-//! The terminal: writing to stdout and stderr, asking, and showing that something is under way.
+//! The terminal: prints to stdout and stderr, asks for confirmation, and shows progress.
 //!
-//! The only place of the client commands that prints. What is printed is made by `output` and `json`.
+//! Client commands print only through this module. Not here: the text itself, which `text_output`, `table` and
+//! `json_output` make.
 
 use std::{
     fs::File,
@@ -16,42 +17,38 @@ use super::{
 };
 use crate::config::client;
 
-/// A call that takes longer than this shows that it is under way.
+/// A call that takes longer than this shows a spinner.
 const SPINNER_DELAY: Duration = Duration::from_secs(1);
-/// The most bytes that are read of an answer to a question.
+/// The longest answer to a confirmation prompt.
 const MAX_ANSWER_BYTES: u64 = 64;
 
-/// Stdout and stderr, and what they can show.
+/// Stdout and stderr with what each can display.
 pub(super) struct Console {
     stdout: Box<dyn Write>,
     stderr: Box<dyn Write>,
-    /// Whether a person would see what goes to stdout.
     pub(super) stdout_is_terminal: bool,
-    /// Whether stdout takes colours.
     pub(super) stdout_colors: bool,
-    /// Whether stderr takes colours.
     pub(super) stderr_colors: bool,
 }
 
 impl Console {
-    /// The process's own.
     pub(super) fn with_stdio() -> Console {
-        let colours = !client::are_colors_disabled();
+        let colors = !client::are_colors_disabled();
         Console {
             stdout_is_terminal: io::stdout().is_terminal(),
-            stdout_colors: colours && io::stdout().is_terminal(),
-            stderr_colors: colours && io::stderr().is_terminal(),
+            stdout_colors: colors && io::stdout().is_terminal(),
+            stderr_colors: colors && io::stderr().is_terminal(),
             stdout: Box::new(io::stdout()),
             stderr: Box::new(io::stderr()),
         }
     }
 
-    /// Prints to stdout. A reader that has gone (`| head`) has seen enough: that is no failure.
+    /// Prints to stdout. A reader that closed the pipe (`| head`) is not an error.
     pub(super) fn print(&mut self, text: &str) -> Result<(), CliError> {
         self.print_bytes(text.as_bytes())
     }
 
-    /// The same, of what is not text.
+    /// Like [`Console::print`], for output that is not text.
     pub(super) fn print_bytes(&mut self, bytes: &[u8]) -> Result<(), CliError> {
         match self.stdout.write_all(bytes).and_then(|()| self.stdout.flush()) {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
@@ -61,21 +58,18 @@ impl Console {
         }
     }
 
-    /// Prints to stderr, as far as that is possible.
+    /// Prints to stderr and ignores failures.
     pub(super) fn eprint(&mut self, text: &str) {
         let _ = self.stderr.write_all(text.as_bytes()).and_then(|()| self.stderr.flush());
     }
 
-    /// Prints what is lost if nobody reads it, such as a token: a reader that has gone is a failure.
+    /// Prints output that must not get lost, such as a token: a closed pipe is an error.
     pub(super) fn print_required(&mut self, text: &str) -> Result<(), CliError> {
         let written = self.stdout.write_all(text.as_bytes()).and_then(|()| self.stdout.flush());
         written.map_err(|error| CliError::new(format!("cannot write to stdout: {error}")))
     }
 
-    /// Whether [`Console::confirm`] would ask.
-    ///
-    /// # Errors
-    /// When it would have to, and there is no terminal.
+    /// Whether [`Console::confirm`] would ask; an error if it would, and there is no terminal.
     pub(super) fn needs_confirmation(&self, yes: bool) -> Result<bool, CliError> {
         if yes {
             Ok(false)
@@ -84,10 +78,9 @@ impl Console {
         }
     }
 
-    /// Asks the person at the process's terminal, also where stdin is a pipe. With `yes` the answer is known.
+    /// Asks for confirmation on the process's terminal, even if stdin is a pipe. `yes` skips the question.
     ///
-    /// # Errors
-    /// When the answer is no, or there is no terminal: what cannot be undone is not done by accident.
+    /// An answer other than yes is an error, and so is a missing terminal: an irreversible command must not run by accident.
     pub(super) fn confirm(&mut self, question: &str, yes: bool) -> Result<(), CliError> {
         if !self.needs_confirmation(yes)? {
             return Ok(());
@@ -105,13 +98,13 @@ impl Console {
     }
 }
 
-/// The process's terminal, to write and to read.
+/// Opens the process's controlling terminal for reading and writing.
 fn open_terminal() -> io::Result<File> {
     use rustix::fs::{Mode, OFlags, open};
     Ok(open("/dev/tty", OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?.into())
 }
 
-/// Prints what a command has done. A reader that has gone has seen enough: what was done stays done.
+/// Prints a command's result to stdout, escaped. A reader that closed the pipe is not an error, since the command is done.
 pub(super) fn print_escaped(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(escape_terminal_lines(text).as_bytes()).and_then(|()| out.flush()) {
@@ -120,7 +113,7 @@ pub(super) fn print_escaped(text: &str) -> io::Result<()> {
     }
 }
 
-/// What a test prints to.
+/// A buffer that tests use as stdout or stderr.
 #[cfg(test)]
 #[derive(Clone, Default)]
 pub(super) struct CapturedOutput(std::rc::Rc<std::cell::RefCell<Vec<u8>>>);
@@ -131,7 +124,6 @@ impl CapturedOutput {
         String::from_utf8(self.0.borrow().clone()).unwrap()
     }
 
-    /// A console that prints to `out` and `err`.
     pub(super) fn capture_console(out: &CapturedOutput, err: &CapturedOutput) -> Console {
         Console {
             stdout: Box::new(out.clone()),
@@ -155,7 +147,7 @@ impl Write for CapturedOutput {
     }
 }
 
-/// Waits for `work`, and shows a spinner on a terminal when it takes long.
+/// Waits for `work`, and shows a spinner on a terminal after [`SPINNER_DELAY`].
 pub(super) async fn with_spinner<T>(work: impl Future<Output = T>) -> T {
     let mut work = std::pin::pin!(work);
     tokio::select! {
@@ -171,7 +163,7 @@ pub(super) async fn with_spinner<T>(work: impl Future<Output = T>) -> T {
     done
 }
 
-/// A bar for work of `total` bytes, on a terminal; what it stands at is shown beside it as its message.
+/// Creates a progress bar for `total` bytes, hidden if stderr is no terminal. The caller sets its message.
 pub(super) fn new_progress_bar(total: u64) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();

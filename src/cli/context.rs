@@ -1,4 +1,4 @@
-//! What every client command works with: the settings, the terminal and the way to the server.
+//! The context of a client command: its settings, the console and the connection to the server.
 
 use std::path::Path;
 
@@ -13,7 +13,6 @@ use super::{
 };
 use crate::config::client::{ClientSettings, OutputFormat};
 
-/// The settings and the terminal of one command.
 pub(super) struct CommandContext<'a> {
     settings: ClientSettings,
     pub(super) console: &'a mut Console,
@@ -24,7 +23,7 @@ impl<'a> CommandContext<'a> {
         CommandContext { settings, console }
     }
 
-    /// Reads the caller's token and makes ready to connect. Warns if others can read the token's file.
+    /// Creates a client with the caller's token. Warns if other users can read the token's file.
     pub(super) fn connect(&mut self) -> Result<ApiClient, CliError> {
         if let Some(file) = self.settings.token_file.clone() {
             self.warn_if_readable_by_others(&file);
@@ -32,40 +31,37 @@ impl<'a> CommandContext<'a> {
         ApiClient::from_settings(&self.settings)
     }
 
-    /// Warns if others than its owner can read a token's file.
     pub(super) fn warn_if_readable_by_others(&mut self, file: &Path) {
         if let Some(warning) = token_io::permission_warning(file) {
             self.console.eprint(&warning);
         }
     }
 
-    /// Whether the caller's own token comes from stdin, so that nothing else can.
+    /// Whether the caller's own token comes from stdin, so that stdin cannot hold anything else.
     pub(super) fn is_stdin_used_for_token(&self) -> bool {
         self.settings.token_file.as_deref().is_some_and(token_io::is_stdin)
     }
 
-    /// Whether answers are for programs.
     pub(super) fn is_json_output(&self) -> bool {
         self.settings.output == OutputFormat::Json
     }
 
-    /// Prints an answer that holds a token, for programs: nobody reading it is a failure.
-    pub(super) fn print_required_json(&mut self, answer: &impl ToJson) -> Result<(), CliError> {
-        self.console.print_required(&Zeroizing::new(json_output::to_json_object(answer)))
+    /// Prints a response with a token as JSON; a closed pipe is an error.
+    pub(super) fn print_required_json(&mut self, response: &impl ToJson) -> Result<(), CliError> {
+        self.console.print_required(&Zeroizing::new(json_output::to_json_object(response)))
     }
 
-    /// Prints an answer: as it is for programs, or as `people` words it, who is told whether colours are
-    /// wanted.
+    /// Prints a response: as JSON, or as `render_text` renders it. The argument of `render_text` is whether to use colors.
     pub(super) fn print_response(
         &mut self,
-        answer: &impl ToJson,
-        people: impl FnOnce(bool) -> String,
+        response: &impl ToJson,
+        render_text: impl FnOnce(bool) -> String,
     ) -> Result<(), CliError> {
-        // Some answers hold a token.
+        // Some responses hold a token.
         let text = Zeroizing::new(if self.is_json_output() {
-            json_output::to_json_object(answer)
+            json_output::to_json_object(response)
         } else {
-            people(self.console.stdout_colors)
+            render_text(self.console.stdout_colors)
         });
         self.console.print(&text)
     }

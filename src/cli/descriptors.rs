@@ -1,9 +1,9 @@
-//! `keyward descriptors`: what a gateway needs to turn JSON into our calls, from the binary that answers them.
+//! `keyward descriptors`: prints the protobuf descriptor set that a gateway needs to transcode JSON into calls.
 
 use super::{console::Console, error::CliError};
 use crate::pb;
 
-/// Prints the descriptor set, unless a terminal would show it.
+/// Prints the binary descriptor set, unless stdout is a terminal.
 pub(super) fn run(console: &mut Console) -> Result<u8, CliError> {
     if console.stdout_is_terminal {
         return Err(CliError::new("the descriptors are binary: keyward descriptors > keyward.pb"));

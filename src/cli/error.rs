@@ -1,7 +1,6 @@
-//! What went wrong, told to people: what, in which field, why, and what to do; and the exit code it means.
+//! The error of a command: a message, details, a hint and an exit code.
 //!
-//! A server's answer is shown by its message and its details, never as a debug dump. Tokens are in no
-//! request's error, and nothing here has one at hand.
+//! A server's status is shown by its message and its details, never as a debug dump. Nothing here has access to a token.
 
 use std::{borrow::Cow, collections::HashMap, error::Error, fmt, io, time::Duration};
 
@@ -22,13 +21,12 @@ use crate::{
     pb,
 };
 
-/// The server refused.
+/// The server was reached and refused the request.
 pub(super) const EXIT_REFUSED: u8 = 1;
 
-/// No answer could be had, or none was asked for: bad usage, no connection, a server in trouble.
+/// There is no answer: bad usage, no connection, a timeout or a server failure.
 pub(super) const EXIT_UNANSWERED: u8 = 2;
 
-/// Why a command did not do what it was asked.
 #[derive(Debug)]
 pub(super) struct CliError {
     exit_code: u8,
@@ -39,7 +37,7 @@ pub(super) struct CliError {
 }
 
 impl CliError {
-    /// The command cannot be carried out as it was given.
+    /// An error of this side, with [`EXIT_UNANSWERED`].
     pub(super) fn new(message: impl Into<String>) -> CliError {
         CliError {
             exit_code: EXIT_UNANSWERED,
@@ -50,29 +48,27 @@ impl CliError {
         }
     }
 
-    /// The server did what it was asked, and the answer is not what was wanted.
+    /// An answer that is a refusal, with [`EXIT_REFUSED`].
     pub(super) fn refused(message: impl Into<String>) -> CliError {
         CliError { exit_code: EXIT_REFUSED, ..CliError::new(message) }
     }
 
-    /// The person at the terminal said no.
     pub(super) fn not_confirmed() -> CliError {
         CliError::refused("not confirmed: nothing was changed")
     }
 
-    /// Nobody can be asked whether what cannot be undone is meant.
+    /// A confirmation is needed, and there is no terminal to ask on.
     pub(super) fn no_terminal() -> CliError {
         CliError::new("not confirmed: there is no terminal to ask on, and nothing was changed")
-            .with_hint("if it is meant, repeat it with --yes")
+            .with_hint("to confirm, repeat the command with --yes")
     }
 
-    /// No answer within the time that was given.
     pub(super) fn from_timeout(after: Duration) -> CliError {
         CliError::new(format!("no answer within {}", duration::format_duration(after)))
             .with_hint(hint_for_code(Code::DeadlineExceeded))
     }
 
-    /// What the server answered instead of a response.
+    /// Converts the status of a failed call. A status without a server's answer becomes a connection error.
     pub(super) fn from_status(status: &Status, server: &ServerUrl) -> CliError {
         if let Some(cause) = connection_cause(status) {
             return CliError::new(format!("cannot reach {server}: {cause}"))
@@ -105,38 +101,36 @@ impl CliError {
         }
     }
 
-    /// Adds what to do about it.
     pub(super) fn with_hint(self, hint: impl Into<String>) -> CliError {
         CliError { hint: Some(hint.into()), ..self }
     }
 
-    /// Says more, a line for each.
+    /// Replaces the details; each is printed on its own line.
     pub(super) fn with_details(self, details: Vec<String>) -> CliError {
         CliError { details, ..self }
     }
 
-    /// Adds what the call was called, for whoever looks for it in the server's log.
+    /// Adds the id under which the server's log has the call.
     pub(super) fn with_request_id(mut self, id: &MetadataValue<Ascii>) -> CliError {
         self.details.extend(id.to_str().ok().map(|id| format!("request id: {id}")));
         self
     }
 
-    /// The same with what it is about, where a command does many things.
+    /// Prepends the step that failed, for a command with several steps.
     pub(super) fn with_context(self, what: &str) -> CliError {
         CliError { message: format!("{what}: {}", self.message), ..self }
     }
 
-    /// The same where the server's refusal is no answer either.
+    /// Uses [`EXIT_UNANSWERED`], for commands whose exit code 1 has another meaning.
     pub(super) fn into_unanswered(self) -> CliError {
         CliError { exit_code: EXIT_UNANSWERED, ..self }
     }
 
-    /// Whether a server has said so, in whatever trouble it is.
+    /// Whether the error is a status that a server sent.
     pub(super) fn is_from_server(&self) -> bool {
         self.is_from_server
     }
 
-    /// The exit code that it means.
     pub(super) fn exit_code(&self) -> u8 {
         self.exit_code
     }
@@ -156,7 +150,7 @@ impl From<io::Error> for CliError {
     }
 }
 
-/// The lines that stderr shows. Messages quote what a person or a server wrote: logins and tokens in them are masked.
+/// The lines for stderr. Messages quote text of people and servers, so logins and tokens in them are masked.
 impl fmt::Display for CliError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shown = |text: &str| escape_terminal(&mask_message(text));
@@ -171,20 +165,19 @@ impl fmt::Display for CliError {
     }
 }
 
-/// The server's message, without the fields that follow it line by line.
+/// Removes from the server's message the field list that is printed as details.
 fn strip_field_list(message: &str, fields: &[(String, String)]) -> String {
     let listed = fields.first().and_then(|(field, problem)| message.find(&format!("{field}: {problem}")));
     let headline = message[..listed.unwrap_or(message.len())].trim_end_matches([' ', ':']);
     if headline.is_empty() { "the server gave no reason".to_owned() } else { headline.to_owned() }
 }
 
-/// The innermost cause, of a status that was made on this side because there was no connection.
+/// Returns the root cause of a status that the transport made on this side, without a connection.
 fn connection_cause(status: &Status) -> Option<String> {
     let error = status.source()?;
     matches!(status.code(), Code::Unavailable | Code::Unknown).then(|| root_cause(error))
 }
 
-/// What an error comes from in the end.
 pub(super) fn root_cause(mut error: &(dyn Error + 'static)) -> String {
     while let Some(source) = error.source() {
         error = source;
@@ -192,7 +185,7 @@ pub(super) fn root_cause(mut error: &(dyn Error + 'static)) -> String {
     error.to_string()
 }
 
-/// How far a change has reached, which a DEADLINE_EXCEEDED tells.
+/// Decodes the propagation report in the details of a `DEADLINE_EXCEEDED`.
 fn decode_propagation(status: &Status) -> Option<pb::Propagation> {
     let details = tonic_types::Status::decode(status.details()).ok()?.details;
     let report = details.iter().find(|any| any.type_url.ends_with("/keyward.v1.Propagation"))?;
@@ -206,12 +199,13 @@ fn describe_unconfirmed(report: &pb::Propagation) -> Vec<String> {
         .map(|replica| format!("not confirmed yet: replica {}", replica.replica))
         .collect();
     if let Some(instant) = &report.complete_by {
-        lines.push(format!("the change is made, and in force everywhere by {}", format_rfc3339(instant)));
+        lines
+            .push(format!("the change is committed, and in force everywhere by {}", format_rfc3339(instant)));
     }
     lines
 }
 
-/// A refusal stays one however often it is asked for; what may go well another time is no answer.
+/// Errors that repeat on every attempt are refusals; errors that a later attempt may not have are no answer.
 fn exit_code_for(code: Code, reason: Option<&str>) -> u8 {
     match code {
         Code::ResourceExhausted if reason == Some("STORE_FULL") => EXIT_UNANSWERED,
@@ -227,35 +221,34 @@ fn exit_code_for(code: Code, reason: Option<&str>) -> u8 {
     }
 }
 
-/// `metadata` is that of the error: what it is about.
+/// `metadata` is the error info's: the names of what the error is about.
 fn hint_for_reason(reason: &str, metadata: &HashMap<String, String>) -> Option<Cow<'static, str>> {
     let hint = match reason {
         "ACCOUNT_EXISTS" => {
             let id = metadata.get("account").map_or("ID", String::as_str);
             return Some(
-                format!("choose another --id, or look at the one that exists: keyward accounts get {id}")
-                    .into(),
+                format!("choose another --id, or see the existing account: keyward accounts get {id}").into(),
             );
         }
         "KEY_NAME_TAKEN" => {
             "choose another --name, or revoke the key that has it (keyward keys list --name-prefix ...)"
         }
         "GRANT_BEYOND_CALLER" => {
-            "a key gives out only what it holds itself: ask for less, or use a wider token"
+            "a key can grant only what it has itself: request less, or use a token with more scopes"
         }
         "KEY_NOT_ACTIVE" => "enable the key, or give it a later --expires, first",
         "IDEMPOTENCY_KEY_REUSED" => "use a new --idempotency-key: this one belongs to another request",
         "ROLE_IN_USE" => {
-            "keyward members list ACCOUNT shows who has it; keyward roles put changes what it grants"
+            "keyward members list ACCOUNT shows the members that have it; keyward roles put changes what it grants"
         }
         "REPLICA_TOO_OLD" => {
-            "an operator finishes the upgrade; keyward replicas list shows every replica, and keyward replicas \
+            "finish the upgrade; keyward replicas list shows every replica, and keyward replicas \
              attest-dead removes one that is gone"
         }
         "PERMISSION_MISSING" => "grant the scope to the caller's key, or name another with --token-file",
-        "STORE_FULL" => "make room for the database, then send it again",
+        "STORE_FULL" => "free disk space for the database, then repeat the command",
         "OUTCOME_UNKNOWN" => {
-            "send it again: what was done is not done twice (create and rotate need the same --idempotency-key)"
+            "repeat the command: a change is not made twice (create and rotate need the same --idempotency-key)"
         }
         "ACCOUNT_LIMIT" => {
             "revoke keys or delete roles that are no longer needed, wait for the next hour, or raise \
@@ -271,15 +264,13 @@ fn hint_for_code(code: Code) -> &'static str {
         Code::InvalidArgument => "see --help for what each flag takes",
         Code::Unauthenticated => "is it the right token? --token-file or KEYWARD_TOKEN_FILE names the file",
         Code::PermissionDenied => "keyward whoami shows what the token may do",
-        Code::NotFound => {
-            "look for typos; what belongs to another account is answered as if it did not exist"
-        }
+        Code::NotFound => "check for typos; records of other accounts are reported as not found",
         Code::ResourceExhausted | Code::Unavailable | Code::Aborted => "try again in a moment",
         Code::DeadlineExceeded | Code::Cancelled => {
-            "a change may have been made all the same: look before repeating it, or give a longer --timeout"
+            "the change may have been made: check before you repeat it, or use a longer --timeout"
         }
         Code::Unimplemented => "the server does not know this call: is it Keyward, and of this version?",
-        Code::Internal | Code::Unknown | Code::DataLoss => "the server's log says more",
+        Code::Internal | Code::Unknown | Code::DataLoss => "see the server's log",
         _ => "",
     }
 }

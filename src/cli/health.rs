@@ -1,5 +1,6 @@
-//! `keyward health`: whether a server answers Checks, by its admin pages. For the health check of a container, which
-//! holds no shell and no other program to ask with.
+//! `keyward health`: asks a server's admin page whether it answers Checks.
+//!
+//! It serves as the health check of a container image that has no shell and no HTTP client.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -10,50 +11,50 @@ use std::{
 use super::{console::Console, error::CliError};
 use crate::config::health::HealthArgs;
 
-/// The longest answer that is read: a page of one line.
+/// The longest response that is read; the page is one line.
 const MAX_READYZ_BYTES: u64 = 4096;
 
-/// Asks `/readyz`: 0 ready, 1 not ready, 2 no answer.
+/// Requests `/readyz`. Exit codes: 0 ready, 1 not ready, 2 no answer.
 pub(super) fn run(args: &HealthArgs, console: &mut Console) -> Result<u8, CliError> {
     let address = &args.admin_listen;
-    let answer = request_readyz(address, args.timeout).map_err(|error| {
+    let response = request_readyz(address, args.timeout).map_err(|error| {
         CliError::new(format!("no answer from http://{address}/readyz: {error}")).with_hint(
-            "is the server running? --admin-listen or KEYWARD_ADMIN_LISTEN says where its admin pages are",
+            "is the server running? --admin-listen or KEYWARD_ADMIN_LISTEN names its admin address",
         )
     })?;
-    match parse_status_code(&answer) {
+    match parse_status_code(&response) {
         Some("200") => {
             console.print("ready\n")?;
             Ok(0)
         }
-        Some("503") => Err(CliError::refused("not ready: the server lives and answers no Checks")),
+        Some("503") => Err(CliError::refused("not ready: the server runs, but answers no Checks")),
         _ => Err(CliError::new(format!("http://{address}/readyz is not an admin page of Keyward"))),
     }
 }
 
-fn request_readyz(address: &str, patience: Duration) -> io::Result<String> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "it has no address");
+fn request_readyz(address: &str, timeout: Duration) -> io::Result<String> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, patience) {
-            Ok(stream) => return send_readyz_request(stream, patience),
+        match TcpStream::connect_timeout(&address, timeout) {
+            Ok(stream) => return send_readyz_request(stream, timeout),
             Err(error) => last = error,
         }
     }
     Err(last)
 }
 
-fn send_readyz_request(mut stream: TcpStream, patience: Duration) -> io::Result<String> {
-    stream.set_read_timeout(Some(patience))?;
-    stream.set_write_timeout(Some(patience))?;
+fn send_readyz_request(mut stream: TcpStream, timeout: Duration) -> io::Result<String> {
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
     stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: keyward\r\nconnection: close\r\n\r\n")?;
-    let mut answer = Vec::new();
-    stream.take(MAX_READYZ_BYTES).read_to_end(&mut answer)?;
-    Ok(String::from_utf8_lossy(&answer).into_owned())
+    let mut response = Vec::new();
+    stream.take(MAX_READYZ_BYTES).read_to_end(&mut response)?;
+    Ok(String::from_utf8_lossy(&response).into_owned())
 }
 
-/// The status code of an HTTP/1.1 answer.
-fn parse_status_code(answer: &str) -> Option<&str> {
-    answer.strip_prefix("HTTP/1.1 ")?.get(..3)
+/// Returns the status code of an HTTP/1.1 response.
+fn parse_status_code(response: &str) -> Option<&str> {
+    response.strip_prefix("HTTP/1.1 ")?.get(..3)
 }
 
 #[cfg(test)]
@@ -62,15 +63,15 @@ mod tests {
 
     use super::{super::console::CapturedOutput, *};
 
-    /// Asks a server that says this to everybody: the exit code, and what was printed.
-    fn told(answer: &'static str) -> (u8, String) {
+    /// Runs the command against a server that always sends `response`; returns the exit code and the output.
+    fn run_against(response: &'static str) -> (u8, String) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let admin_listen = listener.local_addr().unwrap().to_string();
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            let mut asked = [0; 512];
-            assert!(stream.read(&mut asked).unwrap() > 0);
-            stream.write_all(answer.as_bytes()).unwrap();
+            let mut received = [0; 512];
+            assert!(stream.read(&mut received).unwrap() > 0);
+            stream.write_all(response.as_bytes()).unwrap();
         });
         let (out, err) = (CapturedOutput::default(), CapturedOutput::default());
         let args = HealthArgs { admin_listen, timeout: Duration::from_secs(20) };
@@ -84,15 +85,15 @@ mod tests {
 
     #[test]
     fn the_exit_code_says_whether_checks_are_answered() {
-        assert_eq!(told("HTTP/1.1 200 OK\r\n\r\nready\n"), (0, "ready\n".to_owned()));
-        let (code, said) = told("HTTP/1.1 503 Service Unavailable\r\n\r\nnot ready\n");
-        assert!(code == 1 && said.contains("not ready"), "{said}");
+        assert_eq!(run_against("HTTP/1.1 200 OK\r\n\r\nready\n"), (0, "ready\n".to_owned()));
+        let (code, text) = run_against("HTTP/1.1 503 Service Unavailable\r\n\r\nnot ready\n");
+        assert!(code == 1 && text.contains("not ready"), "{text}");
     }
 
     #[test]
     fn what_is_no_admin_page_is_no_answer() {
-        for answer in ["HTTP/1.1 404 Not Found\r\n\r\n", "SSH-2.0-x\r\n", ""] {
-            assert_eq!(told(answer).0, 2, "{answer:?}");
+        for response in ["HTTP/1.1 404 Not Found\r\n\r\n", "SSH-2.0-x\r\n", ""] {
+            assert_eq!(run_against(response).0, 2, "{response:?}");
         }
     }
 

@@ -1,8 +1,10 @@
-//! `keyward call_keys import`: takes in keys made elsewhere, from a file of any size.
+//! `keyward keys import`: imports keys that another system issued, from a file of any size.
 //!
-//! The file is looked through first, so that one that cannot be read leaves nothing behind. Then one thread reads it in
-//! batches; several calls are under way at once; their results are recorded in the order of the file. So memory holds a
-//! few batches, and an import that was interrupted continues where it was.
+//! 1. The whole file is checked, so that an unreadable one imports nothing.
+//! 2. One thread reads the file in batches, and several calls are in flight at once.
+//! 3. The results are recorded in the order of the file.
+//!
+//! So memory holds only a few batches, and an interrupted import continues where it stopped.
 
 mod cell;
 mod checkpoint;
@@ -40,7 +42,7 @@ use self::{
     row::RowDefaultArgs,
     send::{RetryState, send_batch},
     source::{ImportBatch, ImportFormat, ReadOptions, RowSource, parse_encoding},
-    summary::{ImportSummary, RowProblems, format_row_count},
+    summary::{ImportSummary, RowProblems},
     text_reader::TextReader,
 };
 use super::{
@@ -48,7 +50,7 @@ use super::{
     console,
     context::CommandContext,
     error::{CliError, EXIT_REFUSED},
-    value_format::shown_path,
+    value_format::{format_row_count, shown_path},
 };
 use crate::{
     clock::{Clock as _, SystemClock},
@@ -56,49 +58,48 @@ use crate::{
     pb,
 };
 
-/// How many calls are under way at once.
+/// The limit of calls that are in flight at once.
 const MAX_CALLS_IN_FLIGHT: usize = 4;
 
 const FORMAT_HELP: &str = "\
-CSV begins with a row that names its columns, in any order and spelling (expires_at, Expires At, expiresAt): account, \
+CSV starts with a row that names its columns, in any order and spelling (expires_at, Expires At, expiresAt): account, \
 user, environment, name, scopes, roles, expires_at, customers, allowed_cidrs, rate_limits, quota, metadata, sha256, \
-hint, entropy_bits. Only sha256 is needed: the SHA-256 of the whole token, 64 hexadecimal digits or base64. Commas, \
-semicolons, tabs or | separate the fields: the header, or a line sep=; before it, says which. \
-JSON has objects with the same names: one on each line, or in an array. \
-UTF-8 and UTF-16 are known by themselves, other encodings by --encoding.
+hint, entropy_bits. Only sha256 is required: the SHA-256 of the whole token, 64 hexadecimal digits or base64. Commas, \
+semicolons, tabs or | separate the fields; the separator is detected from the header, or from a line sep=; before it. \
+JSON has objects with the same names: one per line, or in an array. \
+UTF-8 and UTF-16 are detected, other encodings need --encoding.
 
 Lists are separated by blanks, commas or ;, or are arrays: [\"a\",\"b\"] or {a,b}. expires_at is an instant \
-(2027-01-31T00:00:00Z, 2027-01-31, Unix seconds or milliseconds; UTC unless it says otherwise), a duration from now \
+(2027-01-31T00:00:00Z, 2027-01-31, Unix seconds or milliseconds; UTC unless it has a zone), a duration from now \
 (90d) or never. metadata is a JSON object of texts; rate_limits are written calls=100/1m, a quota 1000/month; \
-entropy_bits says how strong the token is, if that is known. What a row leaves empty the flags fill in.
+entropy_bits is the strength of the token, if known. The flags fill columns that a row leaves empty.
 
-Rows of keys that have expired are skipped and counted; so are those of keys that do not work, by the columns active, \
+Rows of expired keys are skipped and counted; so are rows of inactive keys, by the columns active, \
 enabled, revoked, disabled, revoked_at and disabled_at. A file with other columns is refused before anything is \
-sent: --rename and --ignore say what they are.
+sent; map them with --rename and --ignore.
 
-The import continues where it was when the same command is given again: FILE.keyward-progress holds how far it \
-came. Rows that are not imported go to FILE.rejected with their line and the reason, and stop no other. Mend \
-them there, and import that file; or mend FILE, remove FILE.keyward-progress and FILE.rejected, and import FILE \
-again: rows that are imported are counted as there already.
+To continue an interrupted import, repeat the same command: FILE.keyward-progress stores the progress. Rejected rows \
+do not stop others; FILE.rejected has them with their line and the reason. Correct \
+them there and import that file; or correct FILE, remove FILE.keyward-progress and FILE.rejected, and import FILE \
+again: rows that are already imported are counted as such.
 
-Exit codes: 0 every row is there or skipped; 1 some were rejected; 2 the import did not come to the file's end.
+Exit codes: 0 every row is imported or skipped; 1 some were rejected; 2 the import did not reach the end of the file.
 
 Example: keyward keys import keys.csv --account acme --environment production --role agent";
 
-/// Flags of `keyward call_keys import`.
 #[derive(Debug, Args)]
 #[command(after_help = FORMAT_HELP)]
 pub(super) struct KeyImportArgs {
-    /// The file of keys
+    /// The CSV or JSON file with the keys
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// What the file holds [default: json if it begins with { or [, or is called .json or .jsonl; else csv]
+    /// The file's format [default: json if it starts with { or [, or its name ends in .json or .jsonl; else csv]
     #[arg(long, value_enum, value_name = "FORMAT")]
     format: Option<ImportFormat>,
     /// Encoding of a file that is neither UTF-8 nor UTF-16, such as windows-1252
     #[arg(long, value_name = "NAME", value_parser = parse_encoding)]
     encoding: Option<&'static Encoding>,
-    /// File that keeps how far the import came [default: FILE.keyward-progress]
+    /// File that stores the progress [default: FILE.keyward-progress]
     #[arg(long, value_name = "FILE")]
     progress: Option<PathBuf>,
     #[command(flatten)]
@@ -113,34 +114,34 @@ impl KeyImportArgs {
         let unreadable = |error| CliError::new(format!("cannot read {}: {error}", shown_path(&self.file)));
         let file = File::open(&self.file).map_err(unreadable)?;
         let size = file.metadata().map_err(unreadable)?.len();
-        let reading = self.read_options(&file, SystemClock.now())?;
-        reading.defaults.check_expiry(reading.now)?;
-        // The whole file first: one that is not understood leaves nothing behind.
-        precheck_file(&file, reading.encoding, reading.required_syntax(&file)?)?;
-        let unused = RowSource::open(&file, reading.clone(), None)?.check_columns()?;
+        let options = self.read_options(&file, SystemClock.now())?;
+        options.defaults.check_expiry(options.now)?;
+        // Check the whole file first, so that an invalid one imports nothing.
+        precheck_file(&file, options.encoding, options.required_syntax(&file)?)?;
+        let unused = RowSource::open(&file, options.clone(), None)?.check_columns()?;
         for flag in unused {
-            cx.console.eprint(&format!("No object has the field of {flag}.\n"));
+            cx.console.eprint(&format!("No object has the field that {flag} names.\n"));
         }
-        let mut journal = ImportCheckpoint::open(&self.file, self.progress)?;
-        let source = RowSource::open(file, reading, journal.resume_position())?;
-        if journal.resume_position().is_some_and(|from| from.bytes < size) {
-            cx.console.eprint(&format!("Resuming after {}.\n", journal.describe_progress()));
+        let mut checkpoint = ImportCheckpoint::open(&self.file, self.progress)?;
+        let source = RowSource::open(file, options, checkpoint.resume_position())?;
+        if checkpoint.resume_position().is_some_and(|from| from.bytes < size) {
+            cx.console.eprint(&format!("Resuming after {}.\n", checkpoint.describe_progress()));
         }
         let bar = console::new_progress_bar(size);
-        let (began, before, mut problems) = (Instant::now(), journal.rows_done(), RowProblems::default());
-        let end = import_rows(source, &session, &mut journal, &mut problems, &bar).await;
+        let (began, before, mut problems) = (Instant::now(), checkpoint.rows_done(), RowProblems::default());
+        let end = import_rows(source, &session, &mut checkpoint, &mut problems, &bar).await;
         bar.finish_and_clear();
-        let rows_now = journal.rows_done() - before;
-        let summary = ImportSummary::new(&journal, &problems, end.is_ok(), rows_now, began.elapsed());
-        if summary.complete || journal.rows_done() > 0 {
-            cx.print_response(&summary, |colours| summary.to_table(&journal).render(colours))?;
+        let rows_now = checkpoint.rows_done() - before;
+        let summary = ImportSummary::new(&checkpoint, &problems, end.is_ok(), rows_now, began.elapsed());
+        if summary.complete || checkpoint.rows_done() > 0 {
+            cx.print_response(&summary, |colors| summary.to_table(&checkpoint).render(colors))?;
         }
-        let progress = journal.progress_path().display();
+        let progress = checkpoint.progress_path().display();
         end.map_err(|failure| {
-            failure.with_context(&format!("stopped after {}", journal.describe_progress()))
+            failure.with_context(&format!("stopped after {}", checkpoint.describe_progress()))
         })
         .map_err(|failure| {
-            failure.with_hint(format!("the same command continues from there ({progress})"))
+            failure.with_hint(format!("repeat the command to continue from there ({progress})"))
         })?;
         Ok(if summary.rejected > 0 { EXIT_REFUSED } else { 0 })
     }
@@ -155,7 +156,7 @@ impl KeyImportArgs {
     }
 }
 
-/// What a file holds, by its first character, or by its name if that says nothing.
+/// Detects the format by the file's first character, or else by its name.
 fn detect_format(text: &mut TextReader<impl Read + Seek>, path: &Path) -> io::Result<ImportFormat> {
     let blank = |unit: &u16| [b' ', b'\t', b'\r', b'\n'].map(u16::from).contains(unit);
     while text.peek_unit()?.is_some_and(|unit| blank(&unit)) {
@@ -168,7 +169,7 @@ fn detect_format(text: &mut TextReader<impl Read + Seek>, path: &Path) -> io::Re
     })
 }
 
-/// A file of rejected rows holds what its origin held.
+/// Returns the format by a file's name. A file of rejected rows has the format of its origin.
 fn format_by_name(path: &Path) -> ImportFormat {
     let name = path.to_string_lossy().to_ascii_lowercase();
     let mut name = name.as_str();
@@ -179,11 +180,11 @@ fn format_by_name(path: &Path) -> ImportFormat {
     if json { ImportFormat::Json } else { ImportFormat::Csv }
 }
 
-/// Sends the file's batches and records their results, until the file ends or Ctrl-C stops it.
+/// Sends the file's batches and records their results, until the end of the file or Ctrl-C.
 async fn import_rows(
     source: RowSource<File>,
     session: &ApiClient,
-    journal: &mut ImportCheckpoint,
+    checkpoint: &mut ImportCheckpoint,
     problems: &mut RowProblems,
     bar: &ProgressBar,
 ) -> Result<(), CliError> {
@@ -208,25 +209,25 @@ async fn import_rows(
     loop {
         let done = tokio::select! {
             done = sent.next() => done,
-            _ = stop.wait_for(|asked| *asked > 1) => return Err(CliError::new("interrupted")),
+            _ = stop.wait_for(|count| *count > 1) => return Err(CliError::new("interrupted")),
         };
         let Some(done) = done else { break };
         let done = done?;
         problems.add_rejected(&done.rejected);
-        journal.record_batch(&done, &dialect)?;
-        if let Some(from) = journal.resume_position() {
+        checkpoint.record_batch(&done, &dialect)?;
+        if let Some(from) = checkpoint.resume_position() {
             bar.set_position(from.bytes);
             bar.set_message(format!(
                 "{}, {} rejected",
-                format_row_count(journal.rows_done()),
-                journal.progress.rejected
+                format_row_count(checkpoint.rows_done()),
+                checkpoint.progress.rejected
             ));
         }
     }
     if *stop.borrow() > 0 { Err(CliError::new("interrupted")) } else { Ok(()) }
 }
 
-/// Reads batches on a thread of their own until the file ends or Ctrl-C stops it.
+/// Reads batches on a separate thread until the end of the file or Ctrl-C.
 fn spawn_reader(
     mut source: RowSource<File>,
     stop: watch::Receiver<u32>,
@@ -237,7 +238,7 @@ fn spawn_reader(
             && let Some(batch) = source.next_batch().map_err(CliError::from).transpose()
         {
             let last = batch.is_err();
-            // The receiver is dropped once a call has failed.
+            // The receiver is dropped after a failed call.
             if sender.blocking_send(batch).is_err() || last {
                 break;
             }
@@ -246,14 +247,14 @@ fn spawn_reader(
     batches
 }
 
-/// Counts how often Ctrl-C was pressed: the first ends the import in order, the second at once.
+/// Counts Ctrl-C: the first stops the import after the calls in flight, the second at once.
 fn watch_ctrl_c() -> watch::Receiver<u32> {
     let (sender, receiver) = watch::channel(0);
     tokio::spawn(async move {
         while tokio::signal::ctrl_c().await.is_ok() {
-            sender.send_modify(|asked| *asked += 1);
+            sender.send_modify(|count| *count += 1);
         }
-        // Without signals nothing interrupts; dropping the sender would look like an interruption.
+        // If signals fail, keep the sender: dropping it would look like an interruption.
         std::future::pending::<()>().await;
     });
     receiver

@@ -1,8 +1,9 @@
-//! Responses as JSON: what `--output json` promises to programs.
+//! Serializes responses as JSON for `--output json`.
 //!
-//! One object. Names as in the protos, every field there in the protos' order, `null` where it is absent;
-//! instants are RFC 3339 in UTC, durations text such as `1m30s`, enums their proto names, all numbers
-//! numbers, bytes hexadecimal digits. A field that the protos gain does not compile until it is listed here.
+//! # Invariants
+//! - A response is one object with every field, in the protos' order and with their names; absent fields are `null`.
+//! - Instants are RFC 3339 in UTC, durations text such as `1m30s`, enums their proto names, bytes hexadecimal digits.
+//! - A new field of a message does not compile until it is listed here.
 
 use std::collections::BTreeMap;
 
@@ -14,21 +15,20 @@ use crate::{
     pb,
 };
 
-/// A message as one JSON object, with a line end. What a terminal would obey, or not show, is a `\u` escape.
+/// Formats a message as one JSON object and a line end. Invisible and control characters are escaped as `\u`.
 pub(super) fn to_json_object(message: &impl ToJson) -> String {
-    // Maps of text, numbers and lists: there is nothing that serde_json cannot write.
+    // serde_json can write everything here: maps of text, numbers and lists.
     let mut text = escape_json(serde_json::to_string_pretty(&AsJson(message)).unwrap_or_default());
     text.push('\n');
     text
 }
 
-/// What `--output json` can show.
+/// A value that `--output json` can print.
 pub(super) trait ToJson {
-    /// Writes the value.
     fn serialize_json<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error>;
 }
 
-/// A value of a message, as JSON has it.
+/// Implements [`Serialize`] for a [`ToJson`] value.
 struct AsJson<'a, T>(&'a T);
 
 impl<T: ToJson> Serialize for AsJson<'_, T> {
@@ -73,7 +73,7 @@ impl ToJson for prost_types::Duration {
     }
 }
 
-/// What enums and bytes are shown as; a value that this build does not know stays a number.
+/// The JSON form of an enum or of bytes. An enum value that this build does not know stays a number.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum EncodedField {
@@ -115,7 +115,7 @@ fn encode_hex(bytes: &[u8]) -> EncodedField {
     EncodedField::HexDigits(HexBytes(bytes).to_string())
 }
 
-/// A token is there or not; it is never an empty text.
+/// A response without a token has `null`, never an empty text.
 fn non_empty_token(token: &String) -> Option<&String> {
     Some(token).filter(|token| !token.is_empty())
 }
@@ -211,12 +211,12 @@ mod tests {
 
     #[test]
     fn a_response_keeps_the_names_and_the_order_of_the_protos() {
-        let answer = pb::RevokeSelfResponse {
+        let response = pb::RevokeSelfResponse {
             revision: 1 << 60,
             propagation: Some(pb::Propagation { complete: true, ..Default::default() }),
         };
         assert_eq!(
-            to_json_object(&answer),
+            to_json_object(&response),
             r#"{
   "revision": 1152921504606846976,
   "propagation": {

@@ -1,61 +1,51 @@
-//! `keyward call_keys`: the life of a key, from create to revoke.
+//! `keyward keys`: creates, shows, changes, revokes and imports keys.
 
+mod args;
 mod bulk_revoke;
 mod create;
 mod list;
-mod policy_args;
 mod state_change;
 mod update;
 mod usage;
 
 use clap::{Args, Subcommand};
 
+use self::args::{KeyIdArgs, describe_key_or_empty};
 use super::{
     api_client::DefaultTimeout, check::SubjectTokenArgs, context::CommandContext, error::CliError, import,
-    table::DetailTable, text_output,
 };
 use crate::pb;
 
-/// `keyward call_keys ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum KeysCommand {
     /// Create a key; its token is shown once
     Create(create::KeyCreateArgs),
-    /// Show one key
+    /// Show one key with all its fields
     Get(KeyIdArgs),
     /// List the keys of an account or user, newest first
     List(list::KeyListArgs),
-    /// Change what a key is called, may do and is limited to
+    /// Change a key's name, scopes, restrictions or limits
     Update(update::KeyUpdateArgs),
     /// Refuse a key until it is enabled again
     Disable(KeyIdArgs),
-    /// End what disable began
+    /// Accept a disabled key again
     Enable(KeyIdArgs),
     /// Give a key a new token, shown once; the old one stops at once (--now) or after an overlap (--overlap)
     Rotate(state_change::KeyRotateArgs),
     /// End a rotation's overlap now: the old token stops
     FinishRotation(state_change::FinishRotationArgs),
-    /// Refuse a key for ever
+    /// Revoke a key permanently
     Revoke(state_change::KeyRevokeArgs),
-    /// Refuse many keys for ever: those of an account, a user, or everyone
+    /// Revoke many keys permanently: those of an account, of a user, or of all accounts
     BulkRevoke(bulk_revoke::BulkRevokeArgs),
-    /// Take in keys made elsewhere, by the SHA-256 of their tokens, from a file of any size
+    /// Import keys that another system issued, by the SHA-256 of their tokens, from a file of any size
     Import(import::KeyImportArgs),
-    /// Draw how often a key was allowed and denied, step by step
+    /// Show as a chart how often a key was allowed and denied
     Usage(usage::KeyUsageArgs),
     /// Show the key that a token belongs to
     Lookup(KeyLookupArgs),
 }
 
-/// Which key.
-#[derive(Debug, Args)]
-pub(super) struct KeyIdArgs {
-    /// The key's id
-    #[arg(value_name = "ID")]
-    id: String,
-}
-
-/// Flags of `keyward call_keys lookup_key`.
 #[derive(Debug, Args)]
 pub(super) struct KeyLookupArgs {
     #[command(flatten)]
@@ -66,11 +56,11 @@ impl KeysCommand {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         match self {
             KeysCommand::Create(args) => args.run(cx).await,
-            KeysCommand::Get(one) => get_key(cx, one.id).await,
+            KeysCommand::Get(key) => get_key(cx, key.id).await,
             KeysCommand::List(args) => args.run(cx).await,
             KeysCommand::Update(args) => args.run(cx).await,
-            KeysCommand::Disable(one) => state_change::disable(cx, one.id).await,
-            KeysCommand::Enable(one) => state_change::enable(cx, one.id).await,
+            KeysCommand::Disable(key) => state_change::disable(cx, key.id).await,
+            KeysCommand::Enable(key) => state_change::enable(cx, key.id).await,
             KeysCommand::Rotate(args) => args.run(cx).await,
             KeysCommand::FinishRotation(args) => args.run(cx).await,
             KeysCommand::Revoke(args) => args.run(cx).await,
@@ -83,29 +73,25 @@ impl KeysCommand {
 }
 
 async fn get_key(cx: &mut CommandContext<'_>, id: String) -> Result<u8, CliError> {
-    let question = pb::GetKeyRequest { id };
-    let answer = cx
+    let request = pb::GetKeyRequest { id };
+    let response = cx
         .connect()?
-        .call_keys(DefaultTimeout::Quick, question, async |mut client, request| client.get(request).await)
+        .call_keys(DefaultTimeout::Quick, request, async |mut client, request| client.get(request).await)
         .await?;
-    cx.print_response(&answer, |colours| describe_key_or_empty(answer.key.as_ref()).render(colours))?;
+    cx.print_response(&response, |colors| describe_key_or_empty(response.key.as_ref()).render(colors))?;
     Ok(0)
 }
 
 async fn lookup_key(cx: &mut CommandContext<'_>, subject: &SubjectTokenArgs) -> Result<u8, CliError> {
-    let question = pb::LookupKeyRequest { token: subject.read_token(cx)?.reveal().to_owned() };
-    let answer = cx
+    let request = pb::LookupKeyRequest { token: subject.read_token(cx)?.reveal().to_owned() };
+    let response = cx
         .connect()?
-        .call_keys(DefaultTimeout::Quick, question, async |mut client, request| client.lookup(request).await)
+        .call_keys(DefaultTimeout::Quick, request, async |mut client, request| client.lookup(request).await)
         .await?;
-    cx.print_response(&answer, |colours| {
-        describe_key_or_empty(answer.key.as_ref())
-            .field("secret version", answer.secret_version.to_string())
-            .render(colours)
+    cx.print_response(&response, |colors| {
+        describe_key_or_empty(response.key.as_ref())
+            .field("secret version", response.secret_version.to_string())
+            .render(colors)
     })?;
     Ok(0)
-}
-
-fn describe_key_or_empty(key: Option<&pb::Key>) -> DetailTable {
-    key.map_or_else(DetailTable::new, text_output::describe_key)
 }

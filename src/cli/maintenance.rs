@@ -1,4 +1,4 @@
-//! `keyward migrate`, `keyward backup` and `keyward accept-lost-wal`: with the database at hand, like `root-key` and `replicas`.
+//! `keyward migrate`, `keyward backup` and `keyward accept-lost-wal`: maintenance of the database, without a server.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -17,30 +17,27 @@ use super::{
     table::escape_terminal,
 };
 
-/// `keyward migrate`.
 #[derive(Clone, Debug, Args)]
 pub(super) struct MigrateArgs {
-    /// Say what would be done, and do nothing
+    /// List the steps without taking them
     #[arg(long)]
     dry_run: bool,
     #[command(flatten)]
     database: DatabaseArgs,
 }
 
-/// `keyward backup`.
 #[derive(Clone, Debug, Args)]
 pub(super) struct BackupArgs {
-    /// The new file (mode 0600)
+    /// The new file, created with mode 0600
     #[arg(long, value_name = "FILE")]
     to: PathBuf,
     #[command(flatten)]
     database: DatabaseArgs,
 }
 
-/// `keyward accept-lost-wal`.
 #[derive(Clone, Debug, Args)]
 pub(super) struct AcceptLostWalArgs {
-    /// Do not ask first
+    /// Do not ask for confirmation
     #[arg(long, short)]
     yes: bool,
     #[command(flatten)]
@@ -51,7 +48,6 @@ fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }
 
-/// Runs `keyward migrate`.
 pub(super) fn migrate(args: &MigrateArgs) -> ExitCode {
     let migrate = || {
         let settings = ServerSettings::load_for_database(&args.database)?;
@@ -68,7 +64,6 @@ pub(super) fn migrate(args: &MigrateArgs) -> ExitCode {
     to_exit_code(migrate())
 }
 
-/// Runs `keyward backup`.
 pub(super) fn backup(args: &BackupArgs) -> ExitCode {
     let backup = || {
         let settings = ServerSettings::load_for_database(&args.database)?;
@@ -77,20 +72,19 @@ pub(super) fn backup(args: &BackupArgs) -> ExitCode {
         let to = escape_terminal(&args.to.display().to_string());
         print_escaped(&format!(
             "{to} holds everything up to {revision}:{hash}\n\
-             Should it be restored: keyward serve --require-revision {revision}\n"
+             To serve from this backup: keyward serve --require-revision {revision}\n"
         ))?;
         Ok(())
     };
     to_exit_code(backup())
 }
 
-/// Runs `keyward accept-lost-wal`.
 pub(super) fn accept_lost_wal(args: &AcceptLostWalArgs) -> ExitCode {
     let accept = || {
         let settings = ServerSettings::load_for_database(&args.database)?;
         maintenance::require_existing_database(&settings)?;
         let question = format!(
-            "Give up for ever the changes of {} that its lost -wal file held?",
+            "Permanently give up the changes of {} that its lost -wal file held?",
             settings.database.redacted()
         );
         Console::with_stdio().confirm(&question, args.yes)?;
@@ -98,7 +92,7 @@ pub(super) fn accept_lost_wal(args: &AcceptLostWalArgs) -> ExitCode {
         let (revision, hash) = (head.revision, HexBytes(&head.hash));
         print_escaped(&format!(
             "The database holds everything up to {revision}:{hash} and starts again.\n\
-             What was changed after that is lost: look at the collected logs for it, and revoke again what was revoked.\n"
+             Later changes are lost: find them in the collected logs, and repeat the revocations.\n"
         ))?;
         Ok(())
     };

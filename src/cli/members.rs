@@ -1,4 +1,4 @@
-//! `keyward members`: which users belong to an account, and with what role.
+//! `keyward members`: manages which users belong to an account, and with which role.
 
 use clap::{Args, Subcommand};
 
@@ -12,18 +12,17 @@ use super::{
 };
 use crate::pb;
 
-/// `keyward members ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum MembersCommand {
-    /// Make a user a member of an account, or give the member another role
+    /// Add a user to an account, or change a member's role
     Put {
         #[command(flatten)]
         member: MemberIdArgs,
-        /// A role of the account, or a global one; the user's keys may do here what it grants
+        /// A role of the account, or a global one; it limits what the user's keys may do in this account
         #[arg(long)]
         role: String,
     },
-    /// List the members of an account in the order of their users
+    /// List the members of an account in the order of their user ids
     List {
         /// The account's id
         #[arg(value_name = "ACCOUNT")]
@@ -31,17 +30,16 @@ pub(super) enum MembersCommand {
         #[command(flatten)]
         page: PageArgs,
     },
-    /// End a membership: the user's keys stop working in the account, and after the last one for ever
+    /// Remove a member: the user's keys stop working in the account; with the last membership they are revoked
     Remove {
         #[command(flatten)]
         member: MemberIdArgs,
-        /// Do not ask first
+        /// Do not ask for confirmation
         #[arg(long, short)]
         yes: bool,
     },
 }
 
-/// Which member.
 #[derive(Debug, Args)]
 pub(super) struct MemberIdArgs {
     /// The account's id
@@ -54,17 +52,18 @@ pub(super) struct MemberIdArgs {
 
 impl MembersCommand {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        if let MembersCommand::Remove { member: one, yes } = &self {
-            let (account, user) = (shown_value(&one.account), shown_value(&one.user));
-            let question =
-                format!("Remove {user} from {account}? With the last account, the user's keys are revoked.");
+        if let MembersCommand::Remove { member, yes } = &self {
+            let (account, user) = (shown_value(&member.account), shown_value(&member.user));
+            let question = format!(
+                "Remove {user} from {account}? With the last membership, the user's keys are revoked."
+            );
             cx.console.confirm(&question, *yes)?;
         }
         let session = cx.connect()?;
         match self {
-            MembersCommand::Put { member: one, role } => put_member(cx, &session, one, role).await,
+            MembersCommand::Put { member, role } => put_member(cx, &session, member, role).await,
             MembersCommand::List { account, page } => list_members(cx, &session, account, &page).await,
-            MembersCommand::Remove { member: one, .. } => remove_member(cx, &session, one).await,
+            MembersCommand::Remove { member, .. } => remove_member(cx, &session, member).await,
         }
         .map(|()| 0)
     }
@@ -73,18 +72,18 @@ impl MembersCommand {
 async fn put_member(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
-    one: MemberIdArgs,
+    member: MemberIdArgs,
     role: String,
 ) -> Result<(), CliError> {
-    let question = pb::PutMemberRequest { account: one.account, user: one.user, role };
-    let answer = session
-        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
+    let request = pb::PutMemberRequest { account: member.account, user: member.user, role };
+    let response = session
+        .call_accounts(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.put_member(request).await
         })
         .await?;
-    cx.print_response(&answer, |colours| {
-        let member = answer.member.as_ref().map_or_else(DetailTable::new, describe_member).render(colours);
-        member + "\n" + &text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+    cx.print_response(&response, |colors| {
+        let member = response.member.as_ref().map_or_else(DetailTable::new, describe_member).render(colors);
+        member + "\n" + &text_output::format_propagation(response.revision, response.propagation.as_ref())
     })
 }
 
@@ -97,18 +96,19 @@ async fn list_members(
     let fetched = page
         .fetch_pages(async |size, page_token| {
             let account = account.clone();
-            let question = pb::ListMembersRequest { account, page_size: Some(size), page_token };
-            let answer = session
-                .call_accounts(DefaultTimeout::Quick, question, async |mut client, request| {
+            let request = pb::ListMembersRequest { account, page_size: Some(size), page_token };
+            let response = session
+                .call_accounts(DefaultTimeout::Quick, request, async |mut client, request| {
                     client.list_members(request).await
                 })
                 .await?;
-            Ok((answer.members, answer.next_page_token))
+            Ok((response.members, response.next_page_token))
         })
         .await?;
     let note = fetched.truncation_note();
-    let answer = pb::ListMembersResponse { members: fetched.items, next_page_token: fetched.next_page_token };
-    cx.print_response(&answer, |colours| render_members(&answer.members, colours))?;
+    let response =
+        pb::ListMembersResponse { members: fetched.items, next_page_token: fetched.next_page_token };
+    cx.print_response(&response, |colors| render_members(&response.members, colors))?;
     cx.console.eprint(&note.unwrap_or_default());
     Ok(())
 }
@@ -116,16 +116,16 @@ async fn list_members(
 async fn remove_member(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
-    one: MemberIdArgs,
+    member: MemberIdArgs,
 ) -> Result<(), CliError> {
-    let question = pb::RemoveMemberRequest { account: one.account, user: one.user };
-    let answer = session
-        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
+    let request = pb::RemoveMemberRequest { account: member.account, user: member.user };
+    let response = session
+        .call_accounts(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.remove_member(request).await
         })
         .await?;
-    cx.print_response(&answer, |_| {
-        text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+    cx.print_response(&response, |_| {
+        text_output::format_propagation(response.revision, response.propagation.as_ref())
     })
 }
 
@@ -137,8 +137,8 @@ fn describe_member(member: &pb::Member) -> DetailTable {
         .field("revision", member.revision.to_string())
 }
 
-fn render_members(members: &[pb::Member], colours: bool) -> String {
-    let mut rows = ListTable::new(&["USER", "ROLE", "REVISION"], colours);
+fn render_members(members: &[pb::Member], colors: bool) -> String {
+    let mut rows = ListTable::new(&["USER", "ROLE", "REVISION"], colors);
     for member in members {
         rows.add_row([
             plain_cell(&member.user),

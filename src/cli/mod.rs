@@ -1,12 +1,20 @@
-//! The command line: reads the arguments and runs one command.
+//! The command line: parses the arguments and runs one command.
 //!
-//! `serve`, `root_key`, `replicas`, `upkeep` and `audit archive` start what the server's side offers; `rules` and `config`
-//! read files as a server would, `doctor` looks, `health` asks an admin page. All others
-//! are client commands: they speak to a server through the generated client (`pb`) and may use `domain` and
-//! `config`, never `store`, `engine` or `grpc`, so that they can do nothing that another client could not. Every
-//! command answers with an exit code; nothing here ends the process, since what is pending at an exit is lost.
+//! | commands | they use |
+//! |---|---|
+//! | `serve`, `root-key`, `replicas`, `migrate`, `backup`, `accept-lost-wal`, `audit archive` | the server's modules and the database |
+//! | `doctor` | the database, listeners and configuration files; changes nothing |
+//! | `rules`, `config` | files, with the server's own code |
+//! | `health` | an admin page over HTTP |
+//! | all others | a server, through the generated client (`pb`) |
 //!
-//! A token is never an argument: arguments are shown to every process of the machine.
+//! Not here: what a command of the server does (`server`), how settings are read (`config`).
+//!
+//! # Invariants
+//! - Client commands use `domain` and `config`, never `store`, `engine` or `grpc`: they can do nothing that another
+//!   client cannot.
+//! - Every command returns an exit code. Nothing here ends the process, because output that is still pending would be lost.
+//! - A token is never an argument, because every process on the machine can read arguments.
 
 mod accounts;
 mod api_client;
@@ -29,10 +37,10 @@ mod members;
 mod paging;
 mod replicas;
 mod roles;
-pub mod root_key;
+mod root_key;
 mod rules;
 mod rules_explain;
-pub mod serve;
+mod serve;
 mod table;
 mod text_output;
 mod token_io;
@@ -58,28 +66,28 @@ use crate::{
     domain::credential_mask::{looks_like_credential, mask_value},
 };
 
-/// Paragraphs without line ends of their own: clap breaks them at the terminal's width.
+/// Each paragraph is one line: clap wraps it at the terminal's width.
 const LONG_HELP: &str = "\
 Settings: a flag wins over the environment (KEYWARD_SERVER, KEYWARD_TOKEN_FILE), which wins over \
-~/.config/keyward/config.toml (below XDG_CONFIG_HOME where that is set) with the keys server, token_file, ca_file, \
+~/.config/keyward/config.toml (below XDG_CONFIG_HOME if that is set) with the keys server, token_file, ca_file, \
 client_certificate, client_key, insecure and output. There is no flag for a token: other processes could read it.
 
-JSON (--output json): the response as one object. Field names as in the protos (snake_case), every field \
-there, null where it is absent; instants RFC 3339 in UTC, durations text such as 1m30s, enums their proto \
-names (KEY_STATE_ACTIVE), 64-bit numbers as numbers, bytes hexadecimal digits. Lists are fetched page by \
+JSON (--output json): the response as one object. Field names are those of the protos (snake_case). Every field is \
+present, null if it is absent. Instants are RFC 3339 in UTC, durations text such as 1m30s, enums their proto \
+names (KEY_STATE_ACTIVE), 64-bit numbers are numbers, bytes are hexadecimal digits. Lists are fetched page by \
 page into one object. Errors are text on stderr.
 
-What cannot be undone is asked about on the terminal, also where stdin is a pipe; where there is no terminal it is \
-refused with exit code 2, unless --yes says that it is meant. Tokens are sent in plaintext to this machine only, \
+A command that cannot be undone asks for confirmation on the terminal, even if stdin is a pipe. Without a terminal it \
+fails with exit code 2, unless --yes confirms it. Tokens are sent in plaintext to this machine only, \
 unless --insecure allows more.
 
-Exit codes: 0 done; 1 the server refused; 2 no answer (bad usage, no connection, time ran out, a server in \
-trouble). `keyward check`: 0 allowed; 1 denied; 2 could not be answered. `keyward health`: 0 ready; 1 not ready; \
-2 no answer. `keyward rules`: 0 a rule decides, or \
-the file is good; 1 no rule decides; 2 the file cannot be used. `keyward config`: 0 done, or the file is accepted; \
-1 it is refused; 2 it cannot be read. `keyward doctor`: 0 nothing fails; 1 something does; 2 it could not be looked at.";
+Exit codes: 0 done; 1 the server refused; 2 no answer (bad usage, no connection, timeout, server failure). \
+`keyward check`: 0 allowed; 1 denied; 2 could not be answered. `keyward health`: 0 ready; 1 not ready; \
+2 no answer. `keyward rules`: 0 a rule decides, or the file is valid; 1 no rule decides; 2 the file cannot be used. \
+`keyward config`: 0 done, or the file is accepted; 1 it is refused; 2 it cannot be read. \
+`keyward doctor`: 0 nothing fails; 1 something fails; 2 the check could not run.";
 
-/// Issues API keys, and answers whether a token is valid for a scope, an environment and an account
+/// Issues API keys and checks whether a token is valid for a scope, an environment and an account
 #[derive(Debug, Parser)]
 #[command(name = "keyward", version, after_long_help = LONG_HELP, max_term_width = 100)]
 struct Cli {
@@ -91,23 +99,23 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum CliCommand {
-    /// Run the server
+    /// Run the server until a signal stops it
     Serve(ServeArgs),
-    /// Manage the root key, with the database at hand
+    /// Manage the root key, with direct access to the database
     RootKey {
         #[command(subcommand)]
         command: RootKeyCommand,
     },
-    /// Look after the processes that serve one PostgreSQL database, with the database at hand
+    /// Manage the replicas that serve one PostgreSQL database, with direct access to it
     Replicas {
         #[command(subcommand)]
         command: replicas::ReplicasCommand,
     },
-    /// Bring the database's schema up to date, also while servers of the version before run on it
+    /// Upgrade the database's schema, even while servers of the previous version use it
     Migrate(maintenance::MigrateArgs),
-    /// Copy an SQLite database to a new file, also while a server runs on it
+    /// Copy an SQLite database to a new file, even while a server uses it
     Backup(maintenance::BackupArgs),
-    /// Accept that an SQLite database has lost its -wal file, so that it starts again without the changes in that file
+    /// Accept that an SQLite database lost its -wal file, so that it starts again without the changes in that file
     AcceptLostWal(maintenance::AcceptLostWalArgs),
     /// Create, find, change and revoke keys
     #[command(mut_args = settings::for_subcommand)]
@@ -125,7 +133,7 @@ enum CliCommand {
         #[command(flatten)]
         client: ClientArgs,
     },
-    /// Make, change and delete roles: named sets of scopes
+    /// Create, change and delete roles: named sets of scopes
     #[command(mut_args = settings::for_subcommand)]
     Roles {
         #[command(subcommand)]
@@ -133,7 +141,7 @@ enum CliCommand {
         #[command(flatten)]
         client: ClientArgs,
     },
-    /// Say which users belong to an account, and with what role
+    /// Manage which users belong to an account, and with which role
     #[command(mut_args = settings::for_subcommand)]
     Members {
         #[command(subcommand)]
@@ -141,7 +149,7 @@ enum CliCommand {
         #[command(flatten)]
         client: ClientArgs,
     },
-    /// Ask whether a token is valid; exit code 0 allowed, 1 denied, 2 could not be answered
+    /// Check whether a token is valid; exit code 0 allowed, 1 denied, 2 could not be answered
     #[command(mut_args = settings::for_subcommand)]
     Check {
         #[command(flatten)]
@@ -149,13 +157,13 @@ enum CliCommand {
         #[command(flatten)]
         client: ClientArgs,
     },
-    /// Show what the caller's own token is
+    /// Show the key of the caller's own token
     #[command(mut_args = settings::for_subcommand)]
     Whoami {
         #[command(flatten)]
         client: ClientArgs,
     },
-    /// Revoke the caller's own key, for ever
+    /// Revoke the caller's own key permanently
     #[command(mut_args = settings::for_subcommand)]
     RevokeSelf {
         #[command(flatten)]
@@ -163,7 +171,7 @@ enum CliCommand {
         #[command(flatten)]
         client: ClientArgs,
     },
-    /// Read the log of every change
+    /// Read, verify, export and archive the log of every change
     #[command(mut_args = settings::for_subcommand)]
     Audit {
         #[command(subcommand)]
@@ -173,11 +181,11 @@ enum CliCommand {
     },
     /// Show a server's settings and where they come from, and check a configuration file
     Config(config::ConfigCommandArgs),
-    /// Look at a running deployment, and say what to fix
+    /// Inspect a running deployment and report what to fix
     Doctor(Box<doctor::DoctorArgs>),
-    /// Ask a server's admin pages whether it answers Checks; exit code 0 yes, 1 not now, 2 no answer
+    /// Ask a server's admin page whether it answers Checks; exit code 0 ready, 1 not ready, 2 no answer
     Health(HealthArgs),
-    /// Put a server under load, and say what it carries
+    /// Measure a server under load
     #[command(mut_args = settings::for_subcommand)]
     Bench {
         #[command(flatten)]
@@ -188,17 +196,17 @@ enum CliCommand {
     /// Serve what a load is measured against: `keyward bench --baseline` starts it
     #[command(hide = true)]
     BenchBaseline(bench::BaselineArgs),
-    /// Check a rules file for HTTP requests, and ask which of its rules decides one
+    /// Validate a rules file for HTTP requests, and show which of its rules decides one
     Rules(rules::RulesArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
-    /// Print the descriptor set (binary) with which a gateway such as Envoy turns JSON into calls
+    /// Print the binary descriptor set with which a gateway such as Envoy transcodes JSON into calls
     Descriptors,
 }
 
 #[derive(Debug, Subcommand)]
 enum RootKeyCommand {
-    /// Make a new root key and revoke the ones before it: the way back when the root key is lost
+    /// Create a new root key and revoke the previous ones, for example if the root key is lost
     Reset(RootKeyArgs),
 }
 
@@ -208,7 +216,7 @@ pub fn main() -> ExitCode {
     let cli = match parse_arguments(&settings::process_args()) {
         Ok(cli) => cli,
         Err(error) => {
-            // Help is no error: it goes to stdout. Whoever reads neither has seen enough.
+            // Help is not an error: it goes to stdout. If nobody reads the stream any more, nothing is left to do.
             let _ = error.print();
             return exit_code(u8::try_from(error.exit_code()).unwrap_or(error::EXIT_UNANSWERED));
         }
@@ -221,9 +229,9 @@ pub fn main() -> ExitCode {
         CliCommand::Migrate(args) => maintenance::migrate(&args),
         CliCommand::Backup(args) => maintenance::backup(&args),
         CliCommand::AcceptLostWal(args) => maintenance::accept_lost_wal(&args),
-        CliCommand::Completions(args) => {
-            run_and_report(&mut Console::with_stdio(), |console| completions::run(args, console))
-        }
+        CliCommand::Completions(args) => run_and_report(&mut Console::with_stdio(), |console| {
+            completions::run(args, Cli::command(), console)
+        }),
         CliCommand::Descriptors => run_and_report(&mut Console::with_stdio(), descriptors::run),
         CliCommand::Config(args) => {
             run_and_report(&mut Console::with_stdio(), |console| config::run(args, cli.client, console))
@@ -257,18 +265,17 @@ fn parse_arguments(arguments: &[OsString]) -> Result<Cli, clap::Error> {
         .try_get_matches_from_mut(arguments)
         .map_err(|error| without_credentials(arguments, explain_token_flag(&mut command, error)))?;
     if let Some(flag) = find_misplaced_client_flag(&matches) {
-        let message = format!("--{flag} is for client commands, which speak to a server");
+        let message = format!("--{flag} is for client commands, which call a server");
         return Err(command.error(ErrorKind::ArgumentConflict, message));
     }
     Cli::from_arg_matches(&matches)
 }
 
-const TOKEN_ARGUMENT_ERROR: &str = "a token stands among the arguments, where other processes can read it. Put it \
-    into a file and name that: --token-file FILE for the caller's own, --subject-token-file FILE for one to \
-    ask about (keyward check, keyward keys lookup). If others use this machine too, rotate the key";
+const TOKEN_ARGUMENT_ERROR: &str = "an argument holds a token, and other processes can read arguments. Put the token \
+    into a file: --token-file FILE for the caller's own token, --subject-token-file FILE for a token to \
+    check (keyward check, keyward keys lookup). If others use this machine too, rotate the key";
 
-/// The error without what looks like a credential among the arguments and the value that it is about, which may come from
-/// a variable.
+/// Masks what looks like a credential in `error`: arguments, and the invalid value, which a variable may have set.
 fn without_credentials(arguments: &[OsString], error: clap::Error) -> clap::Error {
     let text = error.render().to_string();
     let mut shown = text.clone();
@@ -291,28 +298,28 @@ fn without_credentials(arguments: &[OsString], error: clap::Error) -> clap::Erro
     clap::Error::raw(error.kind(), shown.strip_prefix("error: ").unwrap_or(&shown))
 }
 
-/// Whoever looks for a flag that takes the token is told where it goes instead.
+/// Replaces the error about an unknown flag `--token` by one that names the flags for token files.
 fn explain_token_flag(command: &mut clap::Command, error: clap::Error) -> clap::Error {
     match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(flag))
             if error.kind() == ErrorKind::UnknownArgument && flag.split('=').next() == Some("--token") =>
         {
-            let message = "there is no flag for the token itself, since other processes could read it: \
-                           put it into a file and name that with --token-file or KEYWARD_TOKEN_FILE";
+            let message = "there is no flag for the token itself, because other processes could read it: \
+                           put it into a file and name the file with --token-file or KEYWARD_TOKEN_FILE";
             command.error(ErrorKind::UnknownArgument, message)
         }
         _ => error,
     }
 }
 
-/// A client flag that was given to a command which would ignore it.
+/// Returns a client flag that was given to a command that would ignore it.
 fn find_misplaced_client_flag(matches: &ArgMatches) -> Option<String> {
     let taken: &[&str] = match matches.subcommand_name() {
         Some(
             "serve" | "root-key" | "migrate" | "backup" | "health" | "completions" | "descriptors"
             | "bench-baseline",
         ) => &[],
-        // It speaks to no server, and prints as client commands do.
+        // They call no server, and print as client commands do.
         Some("config" | "rules") => &["output"],
         Some("doctor") => &["output", "server"],
         Some("audit") if is_audit_archive(matches) => &[],
@@ -322,18 +329,18 @@ fn find_misplaced_client_flag(matches: &ArgMatches) -> Option<String> {
         .into_iter()
         .filter(|id| !taken.contains(id))
         .find(|id| is_flag_given(matches, id))
-        // `serve` has an --insecure of another meaning, and so another id.
+        // `serve` has an --insecure with another meaning, so the client's flag has its own id.
         .map(|id| if id == "client_insecure" { "insecure".to_owned() } else { id.replace('_', "-") })
 }
 
-/// Whether a flag stands before the command, or anywhere behind it.
+/// Whether a flag is given before the command or anywhere after it.
 fn is_flag_given(matches: &ArgMatches, id: &str) -> bool {
     let here =
         matches.try_contains_id(id).is_ok() && matches.value_source(id) == Some(ValueSource::CommandLine);
     here || matches.subcommand().is_some_and(|(_, below)| is_flag_given(below, id))
 }
 
-/// `audit archive` opens the database, and speaks to no server.
+/// `audit archive` opens the database and calls no server.
 fn is_audit_archive(matches: &ArgMatches) -> bool {
     let below = matches.subcommand_matches("audit").and_then(ArgMatches::subcommand_name);
     below == Some("archive")
@@ -354,7 +361,7 @@ fn run_client(command: CliCommand, outer: ClientArgs, console: &mut Console) -> 
         CliCommand::RevokeSelf { args, client } => runtime.block_on(args.run(&mut context(client)?)),
         CliCommand::Check { args, client } => {
             let verdict = context(client).map_err(CliError::from);
-            // 1 means denied here, so no failure may end with it.
+            // Exit code 1 means "denied" here, so a failure must not use it.
             verdict.and_then(|mut cx| runtime.block_on(args.run(&mut cx))).map_err(CliError::into_unanswered)
         }
         CliCommand::Serve(_)

@@ -1,57 +1,56 @@
-//! Lists longer than a page: fetched page by page, up to a limit.
+//! Fetches a list page by page, up to a limit.
 
 use clap::Args;
 
 use super::error::CliError;
 
-/// Small enough for an answer that arrives at once, large enough for few of them.
+/// Small enough for a response without delay, large enough for few calls.
 const MAX_PAGE_SIZE: usize = 500;
 
-/// How much of a list to fetch.
+/// Flags that limit how much of a list is fetched.
 #[derive(Debug, Args)]
 pub(super) struct PageArgs {
-    /// Show at most so many
+    /// The largest number of records to show
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     limit: u32,
-    /// Show all
+    /// Show all records, however many there are
     #[arg(long, conflicts_with = "limit")]
     all: bool,
 }
 
-/// What was fetched.
 #[derive(Debug)]
 pub(super) struct FetchedList<T> {
     pub(super) items: Vec<T>,
-    /// Where the rest begins; empty when there is none.
+    /// The token of the page after `items`; empty after the last.
     pub(super) next_page_token: String,
 }
 
 impl<T> FetchedList<T> {
-    /// What to tell people when this is not all.
+    /// Returns a note for people if the list is incomplete.
     pub(super) fn truncation_note(&self) -> Option<String> {
         (!self.next_page_token.is_empty()).then(|| {
-            format!("There are more than these {}: --all shows all, --limit N more.\n", self.items.len())
+            format!("Only the first {} are shown: --all shows all, --limit N more.\n", self.items.len())
         })
     }
 }
 
 impl PageArgs {
-    /// Fetches pages. `page` is given a page's size and the token it starts from.
+    /// Fetches pages with `page`, whose arguments are a page's size and the token that it starts from.
     pub(super) async fn fetch_pages<T>(
         &self,
         mut page: impl AsyncFnMut(u32, String) -> Result<(Vec<T>, String), CliError>,
     ) -> Result<FetchedList<T>, CliError> {
-        let most = if self.all { usize::MAX } else { self.limit as usize };
+        let limit = if self.all { usize::MAX } else { self.limit as usize };
         let mut fetched = FetchedList { items: Vec::new(), next_page_token: String::new() };
         loop {
-            let size = MAX_PAGE_SIZE.min(most - fetched.items.len());
+            let size = MAX_PAGE_SIZE.min(limit - fetched.items.len());
             let (items, next) = page(size as u32, fetched.next_page_token.clone()).await?;
             fetched.items.extend(items);
             if next == fetched.next_page_token && !next.is_empty() {
-                return Err(CliError::new("the server repeats the same page for ever"));
+                return Err(CliError::new("the server repeats the same page"));
             }
             fetched.next_page_token = next;
-            if fetched.next_page_token.is_empty() || fetched.items.len() >= most {
+            if fetched.next_page_token.is_empty() || fetched.items.len() >= limit {
                 return Ok(fetched);
             }
         }

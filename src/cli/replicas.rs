@@ -1,5 +1,6 @@
-//! `keyward replicas`: the processes that serve one PostgreSQL database. Like `root-key`, it needs the database at hand
-//! and no server, since it is for when they do not answer.
+//! `keyward replicas`: lists and manages the server processes that share one PostgreSQL database.
+//!
+//! It opens the database itself, like `root-key`, so that it works when servers do not answer.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -24,32 +25,33 @@ use super::{
 
 #[derive(Clone, Debug, Subcommand)]
 pub(super) enum ReplicasCommand {
-    /// Show who serves the database, what each has acknowledged, and the lease
+    /// Show the replicas of the database, the revision that each has acknowledged, and the lease
     List {
         #[command(flatten)]
         database: DatabaseArgs,
     },
-    /// Say that a replica is dead, so that nobody waits for it. If it lives, it may allow what was revoked until its
-    /// lease runs out: look first, at the process itself
+    /// Declare a replica dead, so that no change waits for it. If it still runs, it may accept revoked keys until its
+    /// lease runs out, so verify first that the process is gone
     AttestDead {
-        /// Its name or id
+        /// The replica's name, or its id
         replica: String,
-        /// The process has been seen to be gone
+        /// Confirms that you verified that the process is gone
         #[arg(long, required = true)]
         seen_gone: bool,
         #[command(flatten)]
         database: DatabaseArgs,
     },
-    /// Accept that the database has lost changes (a restored backup, a standby that lacked some). Replicas that know
-    /// more revoke again what they know to be revoked, and go on from what the database has
+    /// Accept that the database lost changes (a restored backup, or a standby that lacked some). Replicas with later
+    /// changes repeat the revocations that they know, and continue from the database's state
     AcceptRegression {
-        /// Do not ask first
+        /// Do not ask for confirmation
         #[arg(long, short)]
         yes: bool,
         #[command(flatten)]
         database: DatabaseArgs,
     },
-    /// Show or change how long replicas answer without news from the database. A shorter one is waited for
+    /// Show or change the lease: how long replicas answer without contact to the database. A shorter lease applies after
+    /// the longer ones have run out
     Lease {
         /// strict (5s), default (60s), static (never runs out), or a duration
         #[arg(value_parser = parse_lease)]
@@ -70,7 +72,6 @@ impl ReplicasCommand {
     }
 }
 
-/// Runs the command.
 pub(super) fn run(command: &ReplicasCommand) -> ExitCode {
     to_exit_code(run_on_database(command))
 }
@@ -80,44 +81,44 @@ fn run_on_database(command: &ReplicasCommand) -> anyhow::Result<()> {
     if let ReplicasCommand::AcceptRegression { yes, .. } = command {
         let shown = settings.database.redacted();
         let question =
-            format!("Accept for ever that {shown} has lost changes? What nobody remembers stays lost.");
+            format!("Permanently accept that {shown} lost changes? Changes that no replica has stay lost.");
         Console::with_stdio().confirm(&question, *yes)?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let operators = ReplicaAdmin::open(&settings).await?;
-        let said = run_command(command, &operators).await;
-        operators.close().await;
-        print_escaped(&said?)?;
+        let admin = ReplicaAdmin::open(&settings).await?;
+        let text = run_command(command, &admin).await;
+        admin.close().await;
+        print_escaped(&text?)?;
         Ok(())
     })
 }
 
-async fn run_command(command: &ReplicasCommand, operators: &ReplicaAdmin) -> anyhow::Result<String> {
+async fn run_command(command: &ReplicasCommand, admin: &ReplicaAdmin) -> anyhow::Result<String> {
     Ok(match command {
-        ReplicasCommand::List { .. } => render_replicas(&operators.cluster_status().await?),
+        ReplicasCommand::List { .. } => render_replicas(&admin.cluster_status().await?),
         ReplicasCommand::AttestDead { replica, .. } => {
-            let gone = operators.attest_dead(replica).await?;
-            format!("{} ({}) is no longer waited for.\n", escape_terminal(&gone.name), gone.id)
+            let gone = admin.attest_dead(replica).await?;
+            format!("Changes no longer wait for {} ({}).\n", escape_terminal(&gone.name), gone.id)
         }
         ReplicasCommand::AcceptRegression { .. } => {
-            let epoch = operators.accept_regression().await?;
-            format!("Accepted: epoch {epoch}. Replicas that know more go on within seconds.\n")
+            let epoch = admin.accept_regression().await?;
+            format!("Accepted: epoch {epoch}. Replicas with later changes continue within seconds.\n")
         }
         ReplicasCommand::Lease { lease: None, .. } => {
-            let (lease, longest) = operators.cluster_status().await?.leases;
-            format!("{}; nobody holds one longer than {}.\n", format_lease(lease), format_lease(longest))
+            let (lease, longest) = admin.cluster_status().await?.leases;
+            format!("{}; no replica holds one longer than {}.\n", format_lease(lease), format_lease(longest))
         }
         ReplicasCommand::Lease { lease: Some(lease), .. } => {
-            operators.set_lease(*lease).await?;
+            admin.set_lease(*lease).await?;
             format!("The lease is {}.\n", format_lease(*lease))
         }
     })
 }
 
-fn render_replicas(fleet: &ClusterStatus) -> String {
+fn render_replicas(status: &ClusterStatus) -> String {
     let mut table = ListTable::new(&["NAME", "ID", "ACKNOWLEDGED", "LAST SEEN", "SILENT FOR"], false);
-    for replica in &fleet.replicas {
+    for replica in &status.replicas {
         let applied = replica
             .acknowledged_revision
             .map_or_else(|| "starting".to_owned(), |revision| revision.to_string());
@@ -132,17 +133,17 @@ fn render_replicas(fleet: &ClusterStatus) -> String {
         ]);
     }
     let table = table.render("No replica serves the database.");
-    let (lease, longest) = fleet.leases;
-    let whole = if fleet.is_complete {
+    let (lease, longest) = status.leases;
+    let warning = if status.is_complete {
         ""
     } else {
-        "The database may have lost rows: narrowing changes wait for every lease to run out.\n"
+        "The database may have lost rows: restricting changes wait for every lease to run out.\n"
     };
-    let sync = if fleet.sync_replicated { "a" } else { "no" };
+    let sync = if status.sync_replicated { "a" } else { "no" };
     format!(
-        "{table}\nNewest revision {}; lease {}, nobody holds one longer than {}; commits wait for {sync} synchronous \
-         standby.\n{whole}",
-        fleet.head,
+        "{table}\nNewest revision {}; lease {}, no replica holds one longer than {}; commits wait for {sync} synchronous \
+         standby.\n{warning}",
+        status.head,
         format_lease(lease),
         format_lease(longest),
     )

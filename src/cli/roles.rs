@@ -1,9 +1,11 @@
-//! `keyward roles`: named sets of scopes, of one account or global.
+//! `keyward roles`: manages roles, the named sets of scopes of an account or of all accounts.
 
 mod apply;
+mod calls;
 
 use clap::{Args, Subcommand};
 
+use self::calls::{fetch_all_roles, format_role_owner, put_role};
 use super::{
     api_client::{ApiClient, DefaultTimeout},
     context::CommandContext,
@@ -13,19 +15,17 @@ use super::{
 };
 use crate::pb;
 
-/// `keyward roles ...`.
 #[derive(Debug, Subcommand)]
 pub(super) enum RolesCommand {
-    /// Make a role, or change what it grants
+    /// Create a role, or replace the scopes that it grants
     Put {
         #[command(flatten)]
         role: RoleIdArgs,
-        /// Scope that the role grants: monitors:read, monitors:*, or all (repeat, or separate by commas); they
-        /// replace what it granted before
+        /// Scope that the role grants: monitors:read, monitors:*, or all (repeat, or separate by commas)
         #[arg(long = "scope", short, value_name = "SCOPE", value_delimiter = ',', required = true)]
         scopes: Vec<String>,
     },
-    /// List the global roles, or those of an account with the global ones
+    /// List the global roles, or the roles of an account and the global ones
     List {
         #[command(flatten)]
         owner: RoleOwnerArgs,
@@ -34,23 +34,21 @@ pub(super) enum RolesCommand {
     Delete {
         #[command(flatten)]
         role: RoleIdArgs,
-        /// Do not ask first
+        /// Do not ask for confirmation
         #[arg(long, short)]
         yes: bool,
     },
-    /// Make or change all roles of a TOML file; doing it again changes nothing
+    /// Create or change all roles of a TOML file; repeating it changes nothing
     Apply(apply::RoleApplyArgs),
 }
 
-/// Whose role.
 #[derive(Debug, Args)]
 pub(super) struct RoleOwnerArgs {
-    /// The account whose role it is [default: a global role]
+    /// The account that has the role [default: a global role]
     #[arg(long, value_name = "ID")]
     account: Option<String>,
 }
 
-/// Which role.
 #[derive(Debug, Args)]
 pub(super) struct RoleIdArgs {
     /// The role's name: 1-64 characters of [a-z0-9_-]
@@ -62,18 +60,18 @@ pub(super) struct RoleIdArgs {
 
 impl RolesCommand {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        if let RolesCommand::Delete { role: one, yes } = &self {
-            let home = format_role_owner(one.owner.account.as_deref().unwrap_or_default());
+        if let RolesCommand::Delete { role, yes } = &self {
+            let owner = format_role_owner(role.owner.account.as_deref().unwrap_or_default());
             cx.console.confirm(
-                &format!("Delete role {} ({})?", shown_value(&one.name), shown_value(&home)),
+                &format!("Delete role {} ({})?", shown_value(&role.name), shown_value(&owner)),
                 *yes,
             )?;
         }
         let session = cx.connect()?;
         match self {
-            RolesCommand::Put { role: one, scopes } => put_and_show_role(cx, &session, one, scopes).await,
-            RolesCommand::List { owner: home } => list_and_show_roles(cx, &session, home).await,
-            RolesCommand::Delete { role: one, .. } => delete_role(cx, &session, one).await,
+            RolesCommand::Put { role, scopes } => put_and_show_role(cx, &session, role, scopes).await,
+            RolesCommand::List { owner } => list_and_show_roles(cx, &session, owner).await,
+            RolesCommand::Delete { role, .. } => delete_role(cx, &session, role).await,
             RolesCommand::Apply(args) => args.run(cx, &session).await,
         }
         .map(|()| 0)
@@ -83,74 +81,40 @@ impl RolesCommand {
 async fn put_and_show_role(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
-    one: RoleIdArgs,
+    role: RoleIdArgs,
     scopes: Vec<String>,
 ) -> Result<(), CliError> {
-    let account = one.owner.account.unwrap_or_default();
-    let answer = put_role(session, pb::PutRoleRequest { account, name: one.name, scopes }).await?;
-    cx.print_response(&answer, |colours| {
-        let role = answer.role.as_ref().map_or_else(DetailTable::new, describe_role).render(colours);
-        role + "\n" + &text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+    let account = role.owner.account.unwrap_or_default();
+    let response = put_role(session, pb::PutRoleRequest { account, name: role.name, scopes }).await?;
+    cx.print_response(&response, |colors| {
+        let role = response.role.as_ref().map_or_else(DetailTable::new, describe_role).render(colors);
+        role + "\n" + &text_output::format_propagation(response.revision, response.propagation.as_ref())
     })
-}
-
-async fn put_role(
-    session: &ApiClient,
-    question: pb::PutRoleRequest,
-) -> Result<pb::PutRoleResponse, CliError> {
-    session
-        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
-            client.put_role(request).await
-        })
-        .await
-}
-
-/// All roles of an account, page by page.
-async fn fetch_all_roles(session: &ApiClient, account: String) -> Result<pb::ListRolesResponse, CliError> {
-    let mut all = pb::ListRolesResponse::default();
-    let mut question = pb::ListRolesRequest { account, ..Default::default() };
-    loop {
-        let page = session
-            .call_accounts(DefaultTimeout::Quick, question.clone(), async |mut client, request| {
-                client.list_roles(request).await
-            })
-            .await?;
-        all.roles.extend(page.roles);
-        if page.next_page_token.is_empty() {
-            return Ok(all);
-        }
-        question.page_token = page.next_page_token;
-    }
 }
 
 async fn list_and_show_roles(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
-    home: RoleOwnerArgs,
+    owner: RoleOwnerArgs,
 ) -> Result<(), CliError> {
-    let answer = fetch_all_roles(session, home.account.unwrap_or_default()).await?;
-    cx.print_response(&answer, |colours| render_roles(&answer.roles, colours))
+    let response = fetch_all_roles(session, owner.account.unwrap_or_default()).await?;
+    cx.print_response(&response, |colors| render_roles(&response.roles, colors))
 }
 
 async fn delete_role(
     cx: &mut CommandContext<'_>,
     session: &ApiClient,
-    one: RoleIdArgs,
+    role: RoleIdArgs,
 ) -> Result<(), CliError> {
-    let question = pb::DeleteRoleRequest { account: one.owner.account.unwrap_or_default(), name: one.name };
-    let answer = session
-        .call_accounts(DefaultTimeout::Propagation, question, async |mut client, request| {
+    let request = pb::DeleteRoleRequest { account: role.owner.account.unwrap_or_default(), name: role.name };
+    let response = session
+        .call_accounts(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.delete_role(request).await
         })
         .await?;
-    cx.print_response(&answer, |_| {
-        text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+    cx.print_response(&response, |_| {
+        text_output::format_propagation(response.revision, response.propagation.as_ref())
     })
-}
-
-/// Where a role holds, for people.
-fn format_role_owner(account: &str) -> String {
-    if account.is_empty() { "global".to_owned() } else { account.to_owned() }
 }
 
 fn describe_role(role: &pb::Role) -> DetailTable {
@@ -161,8 +125,8 @@ fn describe_role(role: &pb::Role) -> DetailTable {
         .field("revision", role.revision.to_string())
 }
 
-fn render_roles(roles: &[pb::Role], colours: bool) -> String {
-    let mut rows = ListTable::new(&["NAME", "ACCOUNT", "SCOPES"], colours);
+fn render_roles(roles: &[pb::Role], colors: bool) -> String {
+    let mut rows = ListTable::new(&["NAME", "ACCOUNT", "SCOPES"], colors);
     for role in roles {
         rows.add_row([
             plain_cell(&role.name),

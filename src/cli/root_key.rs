@@ -1,4 +1,4 @@
-//! `keyward root-key reset`: the way back when the root key is lost. It needs the database at hand.
+//! `keyward root-key reset`: replaces the root key, for example after it was lost. It opens the database itself.
 
 use std::{
     io::{IsTerminal as _, Write as _},
@@ -23,8 +23,7 @@ use super::{
     table::{ListTable, plain_cell},
 };
 
-/// Runs the command.
-pub fn run(args: RootKeyArgs) -> ExitCode {
+pub(super) fn run(args: RootKeyArgs) -> ExitCode {
     to_exit_code(reset(&args))
 }
 
@@ -32,23 +31,23 @@ fn reset(args: &RootKeyArgs) -> anyhow::Result<()> {
     let mut settings = ServerSettings::load_for_database(&args.database)?;
     settings.root_key_file = token_destination(args)?.map(Path::to_owned);
     maintenance::require_existing_database(&settings)?;
-    let more = if args.revoke_descendants { ", and every key that descends from it" } else { "" };
-    let question = format!("Revoke the root key of {}{more}, for ever?", settings.database.redacted());
+    let more = if args.revoke_descendants { " and every key that descends from it" } else { "" };
+    let question = format!("Permanently revoke the root key of {}{more}?", settings.database.redacted());
     Console::with_stdio().confirm(&question, args.yes)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let clock = std::sync::Arc::new(SystemClock);
     let reset = runtime.block_on(reset_root_key(&settings, args, clock, &SystemEntropy))?;
     let mut out = std::io::stdout().lock();
-    // The token comes last, where it is not scrolled away, and comes also when the rest cannot be written.
+    // The token comes last, so that it is not scrolled away, and is written even if the report cannot be written.
     let reported = out.write_all(format_report(&reset, &format_database_flag(args, &settings)).as_bytes());
     match (&reset.token, &settings.root_key_file) {
         (Some(token), _) => write_root_key(&mut out, token).and_then(|()| out.flush()).context(
-            "the old root key is revoked, and the token of the new one could not be written to standard output: run the \
-             command again",
+            "the old root key is revoked, but the token of the new one could not be written to standard output: repeat \
+             the command",
         )?,
         (None, Some(path)) => {
-            let done = format!("The new root key is in {}; the ones before it are revoked.\n", path.display());
-            // The file is there, also if nobody reads this.
+            let done = format!("The new root key is in {}; the previous ones are revoked.\n", path.display());
+            // The file exists even if this message cannot be written.
             let _ = out.write_all(done.as_bytes());
         }
         (None, None) => {}
@@ -59,35 +58,35 @@ fn reset(args: &RootKeyArgs) -> anyhow::Result<()> {
     }
     if let Some(unconfirmed) = reset.unconfirmed_reason {
         bail!(
-            "the new root key works and the revocations are recorded, but a replica may not refuse the old keys yet \
+            "the new root key works and the revocations are recorded, but a replica may still accept the old keys \
              ({unconfirmed}): see 'keyward replicas list'"
         );
     }
     Ok(())
 }
 
-/// Where the new token goes; None = standard output, which is a terminal or was asked for.
+/// Returns the file for the new token; `None` is stdout, if it is a terminal or was requested.
 fn token_destination(args: &RootKeyArgs) -> Result<Option<&Path>, CliError> {
     match args.root_key_file.as_deref() {
         Some(file) if file == Path::new("-") => Ok(None),
         Some(file) => Ok(Some(file)),
         None if std::io::stdout().is_terminal() => Ok(None),
         None => Err(CliError::new(
-            "standard output is no terminal, so the new root key is not written to it",
+            "standard output is not a terminal, so the new root key is not written to it",
         )
         .with_hint(
-            "name a new file with --root-key-file FILE, or ask for standard output with --root-key-file -",
+            "name a new file with --root-key-file FILE, or request standard output with --root-key-file -",
         )),
     }
 }
 
-/// The flag that names the same database in the next command; no secret is in it.
+/// Formats the flags that name the same database in the next command, without its password.
 fn format_database_flag(args: &RootKeyArgs, settings: &ServerSettings) -> String {
     let quoted = |text: &str| format!("'{}'", text.replace('\'', "'\\''"));
     let given = args.database.database.as_ref();
     let database = match (given, &args.database.config) {
         (None, Some(config)) => format!("--config {}", quoted(&config.display().to_string())),
-        // Its password is shown as ***, and is to be put back.
+        // The password is shown as ***; the report asks the user to fill it in.
         _ => format!("--database {}", quoted(&given.unwrap_or(&settings.database).redacted())),
     };
     match &args.database.database_password_file {
@@ -96,7 +95,7 @@ fn format_database_flag(args: &RootKeyArgs, settings: &ServerSettings) -> String
     }
 }
 
-/// What descends from the lost key, and what to do about it.
+/// Reports the descendants of the lost key, what was done with them, and what to check.
 fn format_report(reset: &RootKeyReset, database: &str) -> String {
     let RootKeyReset { lost, descendants, rights_changes: changes, .. } = reset;
     let mut report = String::new();
@@ -108,12 +107,12 @@ fn format_report(reset: &RootKeyReset, database: &str) -> String {
         report += &(render_descendants(descendants) + "\n");
     }
     report += &match (reset.descendants_revoked, descendants.is_empty()) {
-        (_, true) => format!("No living key descends from the root key {lost}.\n"),
+        (_, true) => format!("No active key descends from the root key {lost}.\n"),
         (true, false) => format!("Revoked: {count} that descended from the root key {lost}.\n"),
         (false, false) => format!(
             "Not revoked: {count} that descended from the root key {lost}. To revoke them too:\n  \
              keyward root-key reset --revoke-descendants --lost {lost} {database}\n{}",
-            if database.contains(SECRET_MASK) { "Put the password in the place of ***.\n" } else { "" }
+            if database.contains(SECRET_MASK) { "Replace *** with the password.\n" } else { "" }
         ),
     };
     if descendants.is_empty() && !reset.earlier_root_keys.is_empty() {
@@ -122,7 +121,7 @@ fn format_report(reset: &RootKeyReset, database: &str) -> String {
     }
     if !changes.is_empty() {
         report += &format!(
-            "\nThe root key and its descendants also made these changes, which stay. Check each:\n{}",
+            "\nThe root key and its descendants also made these changes, which stay in force. Check each:\n{}",
             render_rights_changes(changes)
         );
     }

@@ -1,5 +1,6 @@
-//! `keyward rules`: whether a rules file is good, and what it says of a request. It speaks to no server: it reads
-//! the files that a server would read, with the server's own code.
+//! `keyward rules`: validates a rules file, and shows which of its rules decides a request.
+//!
+//! It calls no server: it reads the same files as a server, with the server's own code.
 
 use std::path::PathBuf;
 
@@ -22,48 +23,46 @@ use crate::{
 };
 
 const EXIT_CODES_HELP: &str = "\
-Exit codes: 0 a rule decides; 1 the request is denied, since no rule is for it, or refused for its spelling; \
+Exit codes: 0 a rule decides; 1 the request is denied, because no rule matches, or refused for its spelling; \
 2 the file cannot be used.
 
-What a proxy's own configuration says of a route (Envoy's context_extensions, the query of nginx and Traefik) is not \
-known here. Where it says what a request needs, rules are not asked; docs/gateway.md has the precedence.";
+A proxy's own configuration of a route (Envoy's context_extensions, the query of nginx and Traefik) is not \
+known here. If it sets what a request needs, rules do not apply; docs/gateway.md has the precedence.";
 
-/// `keyward rules ...`.
 #[derive(Debug, Args)]
 pub(super) struct RulesArgs {
     #[command(subcommand)]
     command: RulesCommand,
-    /// How to print the answer [default: table]
+    /// The format of the output [default: table]
     #[arg(long, global = true, value_enum, value_name = "FORMAT")]
     output: Option<OutputFormat>,
 }
 
 #[derive(Debug, Subcommand)]
 enum RulesCommand {
-    /// Say whether a rules file is good, and everything that is wrong with it
-    #[command(after_help = "Exit codes: 0 the file is good; 2 it cannot be used.")]
+    /// Check whether a rules file is valid, and list every problem in it
+    #[command(after_help = "Exit codes: 0 the file is valid; 2 it cannot be used.")]
     Check(RulesFileArgs),
-    /// Say which rule decides a request, and why the rules before it do not
+    /// Show which rule decides a request, and why the rules before it do not match
     #[command(after_help = EXIT_CODES_HELP)]
     Test {
         #[command(flatten)]
         file: RulesFileArgs,
         /// The request's method, such as GET
         method: String,
-        /// The request's path, as the proxy sends it on; a query is left out of account
+        /// The request's path, as the proxy forwards it; a query is ignored
         path: String,
-        /// The host that the request names; without it, only rules for every host (*) match
+        /// The request's host; without it, only rules for every host (*) match
         #[arg(long)]
         host: Option<String>,
     },
 }
 
-/// Which file.
 #[derive(Debug, Args)]
 struct RulesFileArgs {
-    /// The rules file
+    /// The rules file to read
     file: PathBuf,
-    /// What the server is started with: its settings say which environments there are.
+    // The server's settings define the environments.
     #[command(flatten)]
     config: ConfigFileArgs,
 }
@@ -82,32 +81,32 @@ fn rules_file_error(error: RulesFileError) -> CliError {
         RulesFileError::Unreadable { .. } => CliError::new(error.to_string()),
         RulesFileError::Invalid { path, problems } => {
             let problems = problems.iter().map(ToString::to_string).collect();
-            CliError::new(format!("the rules file {path} is wrong")).with_details(problems)
+            CliError::new(format!("the rules file {path} is not valid")).with_details(problems)
         }
     }
 }
 
-/// Runs the command; `outer` are flags before its name.
+/// Runs the command. `outer` has the flags before the command's name.
 pub(super) fn run(args: RulesArgs, outer: ClientArgs, console: &mut Console) -> Result<u8, CliError> {
     let RulesArgs { command, output } = args;
     let args = ClientArgs { output: output.or(outer.output), ..ClientArgs::default() };
     let json = ClientSettings::load(args)?.output == OutputFormat::Json;
-    let colours = console.stdout_colors;
+    let colors = console.stdout_colors;
     match command {
         RulesCommand::Check(file) => {
-            let (book, around) = file.load()?;
-            let checked = RulesCheckReport::new(&file.file.display().to_string(), &book, &around);
+            let (book, defaults) = file.load()?;
+            let checked = RulesCheckReport::new(&file.file.display().to_string(), &book, &defaults);
             console.print(&if json { json_output::to_json_object(&checked) } else { checked.to_text() })?;
             Ok(0)
         }
         RulesCommand::Test { file, method, path, host } => {
-            let (book, around) = file.load()?;
-            let asked = RulesTestRequest { method: &method, path: &path, host: host.as_deref() };
-            let verdict = rules_explain::explain(&book, &around, &asked);
+            let (book, defaults) = file.load()?;
+            let request = RulesTestRequest { method: &method, path: &path, host: host.as_deref() };
+            let verdict = rules_explain::explain(&book, &defaults, &request);
             console.print(&if json {
                 json_output::to_json_object(&verdict)
             } else {
-                verdict.to_text(colours)
+                verdict.to_text(colors)
             })?;
             Ok(if verdict.is_decided() { 0 } else { EXIT_REFUSED })
         }
@@ -220,6 +219,6 @@ scope = "monitors:read"
         assert!(rules(&moon, "rules check FILE").0.unwrap_err().to_string().contains("line 4"));
         let (ended, out) = rules(&moon, "rules check FILE --config CONFIG");
         assert_eq!(ended.unwrap(), 0);
-        assert!(out.ends_with("rules.toml: 1 rule, nothing wrong.\n"), "{out}");
+        assert!(out.ends_with("rules.toml: 1 rule, no problems.\n"), "{out}");
     }
 }

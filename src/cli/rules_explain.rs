@@ -1,5 +1,6 @@
-//! What a rules file says of a request: which rule decides and why, in words and as JSON. It follows
-//! `gateway::Gateway::match_request` step by step for what can be known without a server and without a proxy.
+//! Explains which rule of a rules file decides a request, and why, as text and as JSON.
+//!
+//! It follows `gateway::Gateway::match_request` step by step, as far as that needs neither a server nor a proxy.
 
 mod text;
 
@@ -17,25 +18,24 @@ use crate::domain::{
     token::redact_tokens,
 };
 
-/// What `[gateway]` of the server's settings says.
+/// The defaults in `[gateway]` of the server's settings.
 pub(super) struct GatewayDefaults {
     pub(super) environment: Option<EnvironmentName>,
     pub(super) mode: EnforcementMode,
 }
 
-/// A request.
 pub(super) struct RulesTestRequest<'a> {
     pub(super) method: &'a str,
     pub(super) path: &'a str,
     pub(super) host: Option<&'a str>,
 }
 
-/// What `keyward rules check` found.
+/// The result of `keyward rules check`.
 #[derive(Debug, Serialize)]
 pub(super) struct RulesCheckReport {
     file: String,
     rules: usize,
-    /// Nothing wrong, and worth knowing.
+    /// Remarks about rules that are valid.
     notes: Vec<RuleNote>,
 }
 
@@ -45,37 +45,34 @@ struct RuleNote {
     text: &'static str,
 }
 
-/// Which way a request goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum RulesOutcome {
-    /// A rule decides.
     Decided,
-    /// No rule is for it.
+    /// No rule matches the request.
     Denied,
-    /// It is refused for how it is spelt.
+    /// The request's spelling is invalid or ambiguous.
     Refused,
 }
 
-/// A value, and where it comes from.
+/// A value and the name of its source.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct SourcedValue {
     value: Option<String>,
     from: String,
 }
 
-/// A request's verdict.
+/// The result of `keyward rules test`.
 #[derive(Debug, Serialize)]
 pub(super) struct RulesExplanation {
     outcome: RulesOutcome,
-    /// Why it is refused.
+    /// Why the request is refused.
     problem: Option<String>,
     mode: SourcedValue,
     rule: Option<DecidingRule>,
     passed_over: Vec<SkippedRule>,
 }
 
-/// The rule that decides.
 #[derive(Debug, Serialize)]
 struct DecidingRule {
     #[serde(flatten)]
@@ -90,7 +87,7 @@ struct DecidingRule {
     cost: SourcedValue,
 }
 
-/// A rule that comes earlier and does not match.
+/// A rule before the deciding one, and why it does not match.
 #[derive(Debug, Serialize)]
 struct SkippedRule {
     #[serde(flatten)]
@@ -98,7 +95,7 @@ struct SkippedRule {
     mismatch: String,
 }
 
-/// What a rule is for.
+/// The line of a rule and the requests that it matches.
 #[derive(Debug, Serialize)]
 struct RuleSummary {
     line: usize,
@@ -130,66 +127,64 @@ impl RuleSummary {
     }
 }
 
-const NO_ENVIRONMENT_SOURCE: &str = "nobody: its requests hear 503, unless the proxy's own configuration says one, or \
-                              [gateway] of the server's settings (--config FILE)";
+const NO_ENVIRONMENT_SOURCE: &str = "nobody: its requests get 503, unless the proxy's own configuration or [gateway] of \
+                              the server's settings (--config FILE) sets one";
 
 impl RulesCheckReport {
-    /// What there is to say of rules that are right.
-    pub(super) fn new(file: &str, book: &RuleBook, around: &GatewayDefaults) -> RulesCheckReport {
-        let nowhere = |rule: &&RouteRule| {
+    /// Collects remarks about the rules of a valid file.
+    pub(super) fn new(file: &str, book: &RuleBook, defaults: &GatewayDefaults) -> RulesCheckReport {
+        let lacks_environment = |rule: &&RouteRule| {
             rule.route.requirement != Some(RouteRequirement::Public)
                 && rule.route.environment.is_none()
                 && book.defaults.environment.is_none()
-                && around.environment.is_none()
+                && defaults.environment.is_none()
         };
-        let note =
-            |rule: &RouteRule| RuleNote { line: rule.line, text: "no environment is said by anyone here" };
+        let note = |rule: &RouteRule| RuleNote { line: rule.line, text: "the rule has no environment" };
         RulesCheckReport {
             file: file.to_owned(),
             rules: book.rules.len(),
-            notes: book.rules.iter().filter(nowhere).map(note).collect(),
+            notes: book.rules.iter().filter(lacks_environment).map(note).collect(),
         }
     }
 
-    /// For people.
     pub(super) fn to_text(&self) -> String {
         let rules = if self.rules == 1 { "rule" } else { "rules" };
-        let head = format!("{}: {} {rules}, nothing wrong.\n", escape_terminal(&self.file), self.rules);
+        let head = format!("{}: {} {rules}, no problems.\n", escape_terminal(&self.file), self.rules);
         self.notes.iter().fold(head, |text, note| {
-            let RuleNote { line, text: said } = note;
-            text + &format!("note: line {line}: {said}; without one, its requests hear 503\n")
+            let RuleNote { line, text: remark } = note;
+            text + &format!("note: line {line}: {remark}; without one, its requests get 503\n")
         })
     }
 }
 
-/// What the rules say of a request.
+/// Finds the rule that decides a request.
 pub(super) fn explain(
     book: &RuleBook,
-    around: &GatewayDefaults,
-    asked: &RulesTestRequest<'_>,
+    defaults: &GatewayDefaults,
+    request: &RulesTestRequest<'_>,
 ) -> RulesExplanation {
     let mut verdict = RulesExplanation {
         outcome: RulesOutcome::Denied,
         problem: None,
-        mode: effective_mode(None, book, around),
+        mode: effective_mode(None, book, defaults),
         rule: None,
         passed_over: Vec::new(),
     };
-    let (target, host) = match parse_path_and_host(asked) {
+    let (target, host) = match parse_path_and_host(request) {
         Ok(spelled) => spelled,
         Err(problem) => {
             verdict.set_refused(problem);
             return verdict;
         }
     };
-    if book.rules.is_ambiguous(&host, asked.method, &target) {
+    if book.rules.is_ambiguous(&host, request.method, &target) {
         verdict.set_refused(PathError::Lookalike.to_string());
         return verdict;
     }
     for rule in book.rules.iter() {
-        match rule.match_request(&host, asked.method, &target) {
+        match rule.match_request(&host, request.method, &target) {
             Ok(captures) => {
-                verdict.set_deciding_rule(rule, &captures, book, around);
+                verdict.set_deciding_rule(rule, &captures, book, defaults);
                 break;
             }
             Err(mismatch) => {
@@ -201,29 +196,30 @@ pub(super) fn explain(
     verdict
 }
 
-/// Path and host in the one spelling that rules see. No host is one that no rule names.
-fn parse_path_and_host<'a>(asked: &RulesTestRequest<'a>) -> Result<(CanonicalPath<'a>, String), String> {
-    let target = CanonicalPath::parse(asked.path).map_err(|misspelt| misspelt.to_string())?;
-    let host = asked.host.map(|host| path::normalize_host(host).ok_or("the host is none")).transpose()?;
-    if asked.method.is_empty() {
-        return Err("the method is none".to_owned());
+/// Returns path and host in the canonical spelling that rules match. A missing host is empty, which no rule names.
+fn parse_path_and_host<'a>(request: &RulesTestRequest<'a>) -> Result<(CanonicalPath<'a>, String), String> {
+    let target = CanonicalPath::parse(request.path).map_err(|error| error.to_string())?;
+    let host =
+        request.host.map(|host| path::normalize_host(host).ok_or("the host is not valid")).transpose()?;
+    if request.method.is_empty() {
+        return Err("the method is empty".to_owned());
     }
     Ok((target, host.unwrap_or_default()))
 }
 
-fn effective_mode(rule: Option<&RouteSpec>, book: &RuleBook, around: &GatewayDefaults) -> SourcedValue {
+fn effective_mode(rule: Option<&RouteSpec>, book: &RuleBook, defaults: &GatewayDefaults) -> SourcedValue {
     let word = |mode: &EnforcementMode| match mode {
         EnforcementMode::Enforce => "enforce".to_owned(),
         EnforcementMode::Shadow => "shadow".to_owned(),
     };
-    let said = rule.and_then(|route| route.mode);
-    effective_value(&said, &book.defaults.mode, word).unwrap_or_else(|| SourcedValue {
-        value: Some(word(&around.mode)),
+    let mode = rule.and_then(|route| route.mode);
+    effective_value(&mode, &book.defaults.mode, word).unwrap_or_else(|| SourcedValue {
+        value: Some(word(&defaults.mode)),
         from: "the server's settings".to_owned(),
     })
 }
 
-/// What the rule says, or else the file's defaults.
+/// Returns the rule's value, or else the one of the file's defaults.
 fn effective_value<T>(
     rule: &Option<T>,
     defaults: &Option<T>,
@@ -238,7 +234,6 @@ fn effective_value<T>(
 }
 
 impl RulesExplanation {
-    /// Whether a rule decides.
     pub(super) fn is_decided(&self) -> bool {
         self.outcome == RulesOutcome::Decided
     }
@@ -253,10 +248,10 @@ impl RulesExplanation {
         rule: &RouteRule,
         captures: &PathCaptures<'_>,
         book: &RuleBook,
-        around: &GatewayDefaults,
+        defaults: &GatewayDefaults,
     ) {
         self.outcome = RulesOutcome::Decided;
-        self.mode = effective_mode(Some(&rule.route), book, around);
+        self.mode = effective_mode(Some(&rule.route), book, defaults);
         let defaults = &book.defaults;
         let scopes = match &rule.route.requirement {
             Some(RouteRequirement::Scopes(scopes)) => {
@@ -267,8 +262,8 @@ impl RulesExplanation {
         let word = |name: &EnvironmentName| name.to_string();
         let environment = effective_value(&rule.route.environment, &defaults.environment, word)
             .or_else(|| {
-                effective_value(&None, &around.environment, word)
-                    .map(|said| SourcedValue { from: "[gateway]".into(), ..said })
+                effective_value(&None, &defaults.environment, word)
+                    .map(|value| SourcedValue { from: "[gateway]".into(), ..value })
             })
             .unwrap_or_else(|| SourcedValue { value: None, from: NO_ENVIRONMENT_SOURCE.to_owned() });
         let account = self.resolve_name(
@@ -301,7 +296,7 @@ impl RulesExplanation {
         });
     }
 
-    /// An account or customer: what is known of it from here.
+    /// Resolves an account or customer as far as the request's path allows. An invalid name refuses the request.
     fn resolve_name<T: ToString>(
         &mut self,
         what: &str,
@@ -319,7 +314,8 @@ impl RulesExplanation {
                 SourcedValue { value: None, from: format!("{by}: the request's header {name}") }
             }
             Some(NameSource::PathCapture(name)) => {
-                let text = captures.iter().find(|(known, _)| *known == &**name).map_or("", |(_, text)| *text);
+                let text =
+                    captures.iter().find(|(capture, _)| *capture == &**name).map_or("", |(_, text)| *text);
                 if let Err(error) = parse(text) {
                     self.set_refused(format!("the {what} named {error}"));
                 }
@@ -376,30 +372,30 @@ mode = "shadow"
         explain(&book, &GatewayDefaults { environment: None, mode }, &RulesTestRequest { method, path, host })
     }
 
-    fn told(method: &str, path: &str) -> String {
+    fn rendered(method: &str, path: &str) -> String {
         verdict(RULES, EnforcementMode::Enforce, method, path, None).to_text(false)
     }
 
     #[test]
     fn everything_that_a_rule_demands_is_told_with_where_it_comes_from() {
-        let text = told("POST", "/accounts/acme/runs");
+        let text = rendered("POST", "/accounts/acme/runs");
         for line in [
             "verdict      the rule in line 17 decides",
             "path         /accounts/{account}/runs",
             "methods      POST",
             "captures     account = acme",
-            "needs        a valid token that is granted runs:write, runs:read",
-            "environment  staging (said by [defaults])",
-            "account      acme (said by the rule: the path's {account})",
-            "customer     said by the rule: the request's header x-customer",
-            "cost         5 (said by the rule)",
-            "mode         shadow (said by the rule)",
+            "needs        a valid token with runs:write, runs:read",
+            "environment  staging (set by [defaults])",
+            "account      acme (set by the rule: the path's {account})",
+            "customer     set by the rule: the request's header x-customer",
+            "cost         5 (set by the rule)",
+            "mode         shadow (set by the rule)",
             "6     another host    *        /**      admin.test",
             "12    another method  GET      /status  *",
         ] {
-            assert!(text.lines().any(|told| told == line), "{line}\n{text}");
+            assert!(text.lines().any(|rendered| rendered == line), "{line}\n{text}");
         }
-        assert!(told("GET", "/status").contains("nothing: it is open to everybody"));
+        assert!(rendered("GET", "/status").contains("nothing: it is public"));
     }
 
     #[test]
@@ -439,7 +435,7 @@ mode = "shadow"
             ("a", "begin with '/'"),
             ("/accounts/A%20B/runs", "the account named"),
         ] {
-            let text = told("POST", path);
+            let text = rendered("POST", path);
             assert!(text.starts_with("verdict") && text.contains("refused with 400"), "{path}: {text}");
             assert!(text.contains(why), "{path}: {text}");
         }
@@ -449,8 +445,8 @@ mode = "shadow"
     fn shadow_mode_says_that_a_denied_request_passes() {
         let shadow = verdict(RULES, EnforcementMode::Shadow, "GET", "/", None);
         assert!(!shadow.is_decided());
-        assert!(shadow.to_text(false).contains("shadow (said by the server's settings); so it passes"));
-        assert!(!told("GET", "/").contains("passes"));
+        assert!(shadow.to_text(false).contains("shadow (set by the server's settings); so it is allowed"));
+        assert!(!rendered("GET", "/").contains("is allowed"));
     }
 
     #[test]
@@ -458,18 +454,18 @@ mode = "shadow"
         let nowhere = RULES.replace("environment = \"staging\"", "");
         let text =
             verdict(&nowhere, EnforcementMode::Enforce, "POST", "/accounts/acme/runs", None).to_text(false);
-        assert!(text.contains("hear 503"), "{text}");
+        assert!(text.contains("get 503"), "{text}");
         let book = parse_rules(&nowhere, &EnvironmentSet::default()).unwrap();
-        let around = |environment| GatewayDefaults { environment, mode: EnforcementMode::Enforce };
-        let checked = RulesCheckReport::new("rules.toml", &book, &around(None));
+        let defaults = |environment| GatewayDefaults { environment, mode: EnforcementMode::Enforce };
+        let checked = RulesCheckReport::new("rules.toml", &book, &defaults(None));
         assert_eq!(
             checked.notes.iter().map(|note| note.line).collect::<Vec<_>>(),
             [6, 17],
             "not the public one"
         );
-        assert!(checked.to_text().starts_with("rules.toml: 3 rules, nothing wrong.\nnote: line 6: "));
+        assert!(checked.to_text().starts_with("rules.toml: 3 rules, no problems.\nnote: line 6: "));
         let production = EnvironmentName::parse("production").unwrap();
-        assert!(RulesCheckReport::new("", &book, &around(Some(production))).notes.is_empty());
+        assert!(RulesCheckReport::new("", &book, &defaults(Some(production))).notes.is_empty());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `keyward serve_until_signal`: runs a server until it is told to stop.
+//! `keyward serve`: runs a server until a signal stops it.
 
 use std::{
     io::{IsTerminal as _, Write as _},
@@ -17,8 +17,7 @@ use crate::{
     telemetry,
 };
 
-/// Runs the command.
-pub fn run(args: ServeArgs) -> ExitCode {
+pub(super) fn run(args: ServeArgs) -> ExitCode {
     to_exit_code(load_and_serve(&args))
 }
 
@@ -33,12 +32,12 @@ fn load_and_serve(args: &ServeArgs) -> anyhow::Result<()> {
         exporter.stop().await;
         result
     });
-    // Whatever still runs has had its time.
+    // The server's own shutdown already waited; whatever still runs is abandoned.
     runtime.shutdown_background();
     result
 }
 
-/// The exit code of a command that opens the database itself; what went wrong goes to standard error.
+/// Reports the error of a command that opens the database itself on stderr, and returns its exit code.
 pub(super) fn to_exit_code(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -47,7 +46,7 @@ pub(super) fn to_exit_code(result: anyhow::Result<()>) -> ExitCode {
                 Console::with_stdio().eprint(&failure.to_string());
                 return ExitCode::from(failure.exit_code());
             }
-            // Nowhere is left to say that standard error is closed.
+            // A closed stderr leaves no place to report the failure.
             let _ = writeln!(
                 std::io::stderr(),
                 "keyward: {}",
@@ -58,11 +57,11 @@ pub(super) fn to_exit_code(result: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-/// An error with its causes, each said once: some errors name their cause themselves.
+/// Joins an error and its causes. A cause is left out if the error's message already contains it.
 fn format_error_chain(error: &anyhow::Error) -> String {
-    error.chain().skip(1).fold(error.to_string(), |said, cause| {
+    error.chain().skip(1).fold(error.to_string(), |text, cause| {
         let cause = cause.to_string();
-        if said.contains(&cause) { said } else { format!("{said}: {cause}") }
+        if text.contains(&cause) { text } else { format!("{text}: {cause}") }
     })
 }
 
@@ -92,10 +91,10 @@ async fn serve_until_signal(settings: ServerSettings) -> anyhow::Result<()> {
         _ = terminate.recv() => tracing::warn!("a second signal: stopping at once"),
         _ = interrupt.recv() => tracing::warn!("a second signal: stopping at once"),
     }
-    if failed { Err(anyhow::anyhow!("the server stopped by itself; its log says why")) } else { Ok(()) }
+    if failed { Err(anyhow::anyhow!("the server stopped after a failure; see its log")) } else { Ok(()) }
 }
 
-/// Says where the server is, and shows the root key of a first start: this once.
+/// Prints the listen addresses and, on the first start only, the root key.
 fn print_addresses(server: &mut Server) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     if let Some(token) = server.root_token.take() {
@@ -122,16 +121,16 @@ fn print_addresses(server: &mut Server) -> std::io::Result<()> {
     out.flush()
 }
 
-/// Shows a root key, as a line for the shell.
+/// Writes a root key as a variable assignment for the shell.
 pub(super) fn write_root_key(out: &mut impl std::io::Write, token: &Token) -> std::io::Result<()> {
-    writeln!(out, "The root key. It is shown this once and kept nowhere: store it safely.\n")?;
+    writeln!(out, "The root key. It is shown only once and stored nowhere: keep it safe.\n")?;
     writeln!(out, "  ROOT_KEY='{}'\n", token.reveal())
 }
 
 fn write_first_steps(out: &mut impl std::io::Write, address: &str) -> std::io::Result<()> {
     writeln!(
         out,
-        r#"With that line pasted into a shell, these make an account and a key, and check it:
+        r#"Paste that line into a shell. These commands then create an account and a key, and check the key:
 
   grpcurl -plaintext -H "authorization: Bearer $ROOT_KEY" -d '{{"id": "acme", "name": "Acme Inc"}}' \
     {address} keyward.v1.AccountService/Create

@@ -1,29 +1,29 @@
-//! Tables of many records, and one record line by line; clean, in colour, as wide as the terminal.
+//! Renders many records as a table, or one record as a list of fields, with colors and the terminal's width.
 //!
-//! Text from the server is escaped (see [`EscapedText`]): a key's metadata must not steer the reader's terminal, nor hide or
-//! reorder what it shows.
+//! Text from the server is escaped (see [`EscapedText`]): a key's metadata must not control the reader's terminal, nor
+//! hide or reorder what it shows.
 
 use comfy_table::{Cell, Color, ColumnConstraint, ContentArrangement, Table, presets};
 
 use super::value_format::format_rfc3339;
 use crate::domain::{credential_mask::mask_value, text::EscapedText};
 
-/// Escapes what a terminal would obey, or not show.
+/// Escapes characters that control a terminal or are invisible.
 pub(super) fn escape_terminal(text: &str) -> String {
     EscapedText(text).to_string()
 }
 
-/// A value that a person gave, for a message: a secret that was given in its place is masked.
+/// Formats a user's value for a message. A secret that was given by mistake is masked.
 pub(super) fn shown_value(value: &str) -> String {
     escape_terminal(&mask_value(value))
 }
 
-/// The same as [`escape_terminal`], of several lines.
+/// Like [`escape_terminal`], but keeps line breaks.
 pub(super) fn escape_terminal_lines(text: &str) -> String {
     text.split('\n').map(escape_terminal).collect::<Vec<_>>().join("\n")
 }
 
-/// One record, a line for each field that holds something.
+/// One record, with a line for each field that is not empty.
 pub(super) struct DetailTable {
     rows: Vec<(&'static str, String, Option<Color>)>,
 }
@@ -42,14 +42,13 @@ impl DetailTable {
         self
     }
 
-    /// Adds a field in colour.
     pub(super) fn colored_field(
         mut self,
         name: &'static str,
         value: String,
-        colour: Option<Color>,
+        color: Option<Color>,
     ) -> DetailTable {
-        self.rows.push((name, value, colour));
+        self.rows.push((name, value, color));
         self
     }
 
@@ -58,7 +57,7 @@ impl DetailTable {
         self.field(name, values.join(", "))
     }
 
-    /// Adds an instant, or what its absence means.
+    /// Adds an instant, or `absent` if it is missing.
     pub(super) fn instant_field(
         self,
         name: &'static str,
@@ -68,21 +67,19 @@ impl DetailTable {
         self.field(name, instant.map_or_else(|| absent.to_owned(), format_rfc3339))
     }
 
-    /// Adds another record's fields.
     pub(super) fn merge(mut self, other: DetailTable) -> DetailTable {
         self.rows.extend(other.rows);
         self
     }
 
-    /// The record as text.
-    pub(super) fn render(&self, colours: bool) -> String {
-        let mut table = new_plain_table(colours);
-        // A terminal that says it has no width is not asked to fit anything.
+    pub(super) fn render(&self, colors: bool) -> String {
+        let mut table = new_plain_table(colors);
+        // Some terminals report a width of 0; wrapping to less than 60 columns would be unreadable.
         if table.width().is_some_and(|width| width >= 60) {
             table.set_content_arrangement(ContentArrangement::Dynamic);
         }
-        for (name, value, colour) in &self.rows {
-            table.add_row([Cell::new(name), new_cell(value, colour.filter(|_| colours))]);
+        for (name, value, color) in &self.rows {
+            table.add_row([Cell::new(name), new_cell(value, color.filter(|_| colors))]);
         }
         if let Some(names) = table.column_mut(0) {
             names.set_constraint(ColumnConstraint::ContentWidth);
@@ -91,7 +88,7 @@ impl DetailTable {
     }
 }
 
-/// Many records, a line each.
+/// Many records, one line for each.
 pub(super) struct ListTable {
     table: Table,
     colors: bool,
@@ -99,52 +96,48 @@ pub(super) struct ListTable {
 }
 
 impl ListTable {
-    pub(super) fn new(header: &[&str], colours: bool) -> ListTable {
-        let mut table = new_plain_table(colours);
+    pub(super) fn new(header: &[&str], colors: bool) -> ListTable {
+        let mut table = new_plain_table(colors);
         table.set_header(header.iter().copied());
-        ListTable { table, colors: colours, is_empty: true }
+        ListTable { table, colors, is_empty: true }
     }
 
-    /// Adds a record.
     pub(super) fn add_row(&mut self, cells: impl IntoIterator<Item = (String, Option<Color>)>) {
-        let colours = self.colors;
-        self.table
-            .add_row(cells.into_iter().map(|(text, colour)| new_cell(&text, colour.filter(|_| colours))));
+        let colors = self.colors;
+        self.table.add_row(cells.into_iter().map(|(text, color)| new_cell(&text, color.filter(|_| colors))));
         self.is_empty = false;
     }
 
-    /// The table, or `none` when it is empty. Each record stays on its line, whatever the terminal's width:
-    /// broken cells can neither be copied nor found.
+    /// Renders the table, or `none` if it is empty. Rows are never wrapped, so that cells can be copied and searched.
     pub(super) fn render(self, none: &str) -> String {
         if self.is_empty { format!("{none}\n") } else { render_table(self.table) }
     }
 }
 
-fn new_plain_table(colours: bool) -> Table {
+fn new_plain_table(colors: bool) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-    if colours {
+    if colors {
         table.enforce_styling();
         table.style_text_only();
     }
     table
 }
 
-fn new_cell(text: &str, colour: Option<Color>) -> Cell {
+fn new_cell(text: &str, color: Option<Color>) -> Cell {
     let cell = Cell::new(escape_terminal(text));
-    match colour {
-        Some(colour) => cell.fg(colour),
+    match color {
+        Some(color) => cell.fg(color),
         None => cell,
     }
 }
 
 fn render_table(table: Table) -> String {
-    // Every line starts with the padding of its first cell.
+    // Each line starts with the padding of its first cell.
     let lines = table.lines().map(|line| line.strip_prefix(' ').unwrap_or(&line).trim_end().to_owned());
     lines.fold(String::new(), |text, line| text + &line + "\n")
 }
 
-/// A plain cell.
 pub(super) fn plain_cell(text: impl Into<String>) -> (String, Option<Color>) {
     (text.into(), None)
 }

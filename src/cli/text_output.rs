@@ -1,4 +1,4 @@
-//! Responses as people read them: which of their fields are shown, in which words and colours.
+//! Renders responses for people: which fields are shown, with which labels and colors.
 
 use comfy_table::Color;
 
@@ -10,31 +10,28 @@ use super::{
 };
 use crate::pb;
 
-/// A key's state and its colour.
 pub(super) fn format_key_state(key: &pb::Key) -> (String, Option<Color>) {
-    let colour = match key.state() {
+    let color = match key.state() {
         pb::KeyState::Active => Some(Color::Green),
         pb::KeyState::Disabled | pb::KeyState::Expired => Some(Color::Yellow),
         pb::KeyState::Revoked => Some(Color::Red),
         pb::KeyState::Unspecified => None,
     };
-    (format_enum_name(key.state().as_str_name(), "KEY_STATE_"), colour)
+    (format_enum_name(key.state().as_str_name(), "KEY_STATE_"), color)
 }
 
-/// Who a key belongs to.
 pub(super) fn format_key_owner(key: &pb::Key) -> String {
     if key.user.is_empty() { key.account.clone() } else { format!("user {}", key.user) }
 }
 
-/// A key in full.
 pub(super) fn describe_key(key: &pb::Key) -> DetailTable {
-    let (state, colour) = format_key_state(key);
+    let (state, color) = format_key_state(key);
     let pairs: Vec<String> = key.metadata.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let limits: Vec<String> = key.rate_limits.iter().map(format_rate_limit).collect();
     DetailTable::new()
         .field("id", &key.id)
         .field("name", &key.name)
-        .colored_field("state", state, colour)
+        .colored_field("state", state, color)
         .field("account", &key.account)
         .field("user", &key.user)
         .field("environment", &key.environment)
@@ -65,7 +62,7 @@ fn describe_revocation(key: &pb::Key) -> DetailTable {
     .field("comment", &key.revoke_comment)
 }
 
-/// The old token, while it still works.
+/// The old token of a rotation, while it still works.
 fn describe_old_tokens(key: &pb::Key) -> DetailTable {
     key.secrets.iter().skip(1).fold(DetailTable::new(), |record, secret| {
         let until = secret.expires_at.as_ref().map_or_else(|| "the key ends".to_owned(), format_rfc3339);
@@ -74,7 +71,7 @@ fn describe_old_tokens(key: &pb::Key) -> DetailTable {
     })
 }
 
-/// How far a change has reached, in one line.
+/// Describes in one line how far a change has propagated.
 pub(super) fn format_propagation(revision: u64, report: Option<&pb::Propagation>) -> String {
     match report {
         Some(report) if !report.complete => {
@@ -89,41 +86,42 @@ pub(super) fn format_propagation(revision: u64, report: Option<&pb::Propagation>
     }
 }
 
-/// The verdict on a token, with what led to it.
-pub(super) fn describe_check(answer: &pb::CheckResponse) -> DetailTable {
-    let (verdict, colour) = if answer.allowed { ("allowed", Color::Green) } else { ("denied", Color::Red) };
-    let failures: Vec<String> = answer.failures().map(format_reason).collect();
-    let limits: Vec<String> = answer.rate_limits.iter().map(format_rate_limit_state).collect();
-    let pairs: Vec<String> = answer.metadata.iter().map(|(name, value)| format!("{name}={value}")).collect();
+/// Describes the verdict on a token with its reasons.
+pub(super) fn describe_check(response: &pb::CheckResponse) -> DetailTable {
+    let (verdict, color) = if response.allowed { ("allowed", Color::Green) } else { ("denied", Color::Red) };
+    let failures: Vec<String> = response.failures().map(format_reason).collect();
+    let limits: Vec<String> = response.rate_limits.iter().map(format_rate_limit_state).collect();
+    let pairs: Vec<String> =
+        response.metadata.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let duration =
         |d: &Option<prost_types::Duration>| d.as_ref().map(format_proto_duration).unwrap_or_default();
-    let known = !answer.key_id.is_empty();
-    // Of a revoked key nothing is known but that.
-    let has_expiry = known && answer.reason() != pb::Reason::Revoked;
+    let has_key = !response.key_id.is_empty();
+    // The response has no other details of a revoked key.
+    let has_expiry = has_key && response.reason() != pb::Reason::Revoked;
     DetailTable::new()
-        .colored_field("verdict", verdict.to_owned(), Some(colour))
-        .field("reason", format_reason(answer.reason()))
-        .field("message", &answer.message)
+        .colored_field("verdict", verdict.to_owned(), Some(color))
+        .field("reason", format_reason(response.reason()))
+        .field("message", &response.message)
         .list_field("failures", &failures)
-        .list_field("missing scopes", &answer.missing_scopes)
-        .field("retry after", duration(&answer.retry_after))
-        .field("key", &answer.key_id)
-        .field("key name", &answer.key_name)
-        .field("account", &answer.account)
-        .field("user", &answer.user)
-        .field("environment", &answer.environment)
-        .list_field("scopes", &answer.scopes)
-        .field("secret version", if known { answer.secret_version.to_string() } else { String::new() })
+        .list_field("missing scopes", &response.missing_scopes)
+        .field("retry after", duration(&response.retry_after))
+        .field("key", &response.key_id)
+        .field("key name", &response.key_name)
+        .field("account", &response.account)
+        .field("user", &response.user)
+        .field("environment", &response.environment)
+        .list_field("scopes", &response.scopes)
+        .field("secret version", if has_key { response.secret_version.to_string() } else { String::new() })
         .list_field("metadata", &pairs)
         .list_field("rate limits", &limits)
         .field(
             "inexact",
-            if answer.limits_inexact { "the rate limits: counted by one replica alone" } else { "" },
+            if response.limits_inexact { "the rate limits: counted by one replica alone" } else { "" },
         )
-        .instant_field("expires", answer.expires_at.as_ref(), if has_expiry { "never" } else { "" })
-        .field("revision", answer.revision.to_string())
-        .field("staleness", duration(&answer.staleness))
-        .field("max age", duration(&answer.max_age))
+        .instant_field("expires", response.expires_at.as_ref(), if has_expiry { "never" } else { "" })
+        .field("revision", response.revision.to_string())
+        .field("staleness", duration(&response.staleness))
+        .field("max age", duration(&response.max_age))
 }
 
 pub(super) fn format_reason(reason: pb::Reason) -> String {
@@ -135,29 +133,25 @@ fn format_rate_limit_state(state: &pb::RateLimitState) -> String {
     format!("{}: {} of {} left, full in {reset}", state.name, state.remaining, state.limit)
 }
 
-/// An account in full.
 pub(super) fn describe_account(account: &pb::Account) -> DetailTable {
-    let (state, colour) = format_account_state(account);
+    let (state, color) = format_account_state(account);
     DetailTable::new()
         .field("id", &account.id)
         .field("name", &account.name)
-        .colored_field("state", state, colour)
+        .colored_field("state", state, color)
         .field("longest life", format_longest_life(account))
         .instant_field("created", account.created_at.as_ref(), "")
         .instant_field("updated", account.updated_at.as_ref(), "")
         .field("revision", account.revision.to_string())
 }
 
-/// How long an account's keys may live.
 pub(super) fn format_longest_life(account: &pb::Account) -> String {
     account.longest_life.as_ref().map_or_else(|| "never ends".to_owned(), format_proto_duration)
 }
 
-/// An account's state and its colour.
 pub(super) fn format_account_state(account: &pb::Account) -> (String, Option<Color>) {
-    let (state, colour) =
-        if account.suspended { ("suspended", Color::Red) } else { ("active", Color::Green) };
-    (state.to_owned(), Some(colour))
+    let (state, color) = if account.suspended { ("suspended", Color::Red) } else { ("active", Color::Green) };
+    (state.to_owned(), Some(color))
 }
 
 #[cfg(test)]
@@ -216,11 +210,11 @@ mod tests {
 
     #[test]
     fn a_denial_says_every_reason() {
-        let mut answer = pb::CheckResponse { missing_scopes: vec!["a:b".into()], ..Default::default() };
-        answer.set_reason(pb::Reason::Expired);
-        answer.push_failures(pb::Reason::Expired);
-        answer.push_failures(pb::Reason::MissingScope);
-        let text = describe_check(&answer).render(false);
+        let mut response = pb::CheckResponse { missing_scopes: vec!["a:b".into()], ..Default::default() };
+        response.set_reason(pb::Reason::Expired);
+        response.push_failures(pb::Reason::Expired);
+        response.push_failures(pb::Reason::MissingScope);
+        let text = describe_check(&response).render(false);
         assert!(
             text.contains("denied") && text.contains("expired, missing-scope") && text.contains("a:b"),
             "{text}"

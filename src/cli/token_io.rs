@@ -1,8 +1,8 @@
-//! Tokens on their way in and out: read from a file or stdin, written to a new file, recognised where they
-//! must not stand.
+//! Reads tokens from files and stdin, writes them to new files, and detects them among arguments.
 //!
-//! Never from an argument and never from the environment: both are shown to other processes. What is read is
-//! wiped after use and cannot be printed.
+//! # Invariants
+//! - A token never comes from an argument or an environment variable, because other processes can read both.
+//! - A token that was read is wiped after use, and its `Debug` output does not contain it.
 
 use std::{
     ffi::OsString,
@@ -18,14 +18,14 @@ use zeroize::Zeroizing;
 use super::{error::CliError, table::escape_terminal, value_format::shown_path};
 use crate::private_file;
 
-/// Far above the longest token; what is longer was not meant.
+/// Far above the longest token; longer input is not a token.
 const MAX_TOKEN_BYTES: usize = 4096;
 
-/// A token in the clear. It cannot be printed.
+/// A token in plaintext, whose `Debug` output does not contain it.
 pub(super) struct PlainToken(Zeroizing<String>);
 
 impl PlainToken {
-    /// The token itself, for the one request it belongs into.
+    /// Returns the token itself, for the request that needs it.
     pub(super) fn reveal(&self) -> &str {
         &self.0
     }
@@ -37,12 +37,12 @@ impl fmt::Debug for PlainToken {
     }
 }
 
-/// Whether the path stands for stdin.
+/// Whether the path is `-`, which means stdin.
 pub(super) fn is_stdin(path: &Path) -> bool {
     path.as_os_str() == "-"
 }
 
-/// Reads the caller's own token.
+/// Reads the caller's own token, which must be visible ASCII.
 pub(super) fn read_caller_token(path: &Path) -> Result<PlainToken, CliError> {
     let secret = read_token(path)?;
     if secret.0.bytes().all(|byte| byte.is_ascii_graphic()) && !secret.0.is_empty() {
@@ -53,7 +53,7 @@ pub(super) fn read_caller_token(path: &Path) -> Result<PlainToken, CliError> {
     ))
 }
 
-/// Reads a token to ask about, whatever it looks like: that is the question.
+/// Reads a token to check, of any shape: whether it is valid is the server's decision.
 pub(super) fn read_token(path: &Path) -> Result<PlainToken, CliError> {
     let text = if is_stdin(path) {
         read_limited(io::stdin().lock())
@@ -65,7 +65,7 @@ pub(super) fn read_token(path: &Path) -> Result<PlainToken, CliError> {
 }
 
 fn read_limited(from: impl Read) -> io::Result<Zeroizing<String>> {
-    // As large as it can become: growing would leave copies behind.
+    // Allocated at full size, because growing would leave copies in memory.
     let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_TOKEN_BYTES + 1));
     from.take(MAX_TOKEN_BYTES as u64 + 1).read_to_end(&mut bytes)?;
     if bytes.len() > MAX_TOKEN_BYTES {
@@ -75,29 +75,29 @@ fn read_limited(from: impl Read) -> io::Result<Zeroizing<String>> {
     Ok(Zeroizing::new(text.trim_ascii().to_owned()))
 }
 
-/// The text of a file that an editor or a shell of Windows may have written: UTF-8, or UTF-16 with a byte order mark.
+/// Decodes UTF-8, or UTF-16 with a byte order mark, which editors and shells on Windows write.
 fn decode_text(bytes: &[u8]) -> Option<Zeroizing<String>> {
     let (encoding, mark) = Encoding::for_bom(bytes).unwrap_or((UTF_8, 0));
     let text = encoding.decode_without_bom_handling_and_without_replacement(&bytes[mark..])?;
     Some(Zeroizing::new(text.into_owned()))
 }
 
-/// A warning if others than its owner can read a token's file.
+/// Returns a warning if users other than the owner can read a token's file.
 pub(super) fn permission_warning(path: &Path) -> Option<String> {
     let found = fs::metadata(path).ok().filter(|found| !is_stdin(path) && found.is_file())?;
     let mode = found.permissions().mode() & 0o777;
-    let who = match (mode & 0o044, mode & 0o004) {
+    let readers = match (mode & 0o044, mode & 0o004) {
         (0, _) => return None,
         (_, 0) => "its group",
         _ => "everybody",
     };
     let path = escape_terminal(&path.display().to_string());
-    Some(format!("warning: {who} can read the token in {path} (mode {mode:04o}): chmod 600 {path}\n"))
+    Some(format!("warning: {readers} can read the token in {path} (mode {mode:04o}): chmod 600 {path}\n"))
 }
 
 fn describe_path(path: &Path) -> String {
     let shown = path.display().to_string();
-    // A token in place of the name of its file; files have shorter names, or are in a folder.
+    // The name may be a token given by mistake: file names are shorter, or have a folder.
     let may_be_token =
         shown.len() >= 24 && !shown.contains('/') && shown.contains(|c: char| c.is_ascii_digit());
     match (is_stdin(path), may_be_token) {
@@ -107,8 +107,10 @@ fn describe_path(path: &Path) -> String {
     }
 }
 
-/// A new file for a token, readable by its owner alone. It is made before the token is, so that a path that
-/// cannot be written costs no key; without a token it goes again.
+/// A new file for a token that only its owner can read.
+///
+/// It is created before the call that issues the token, so that an unwritable path wastes no key. Without a token it is
+/// removed on drop.
 #[derive(Debug)]
 pub(super) struct TokenFile {
     file: fs::File,
@@ -117,7 +119,7 @@ pub(super) struct TokenFile {
 }
 
 impl TokenFile {
-    /// Makes the file. One that exists is refused: it may hold a token that is in use.
+    /// Creates the file. An existing one is refused, because it may hold a token that is in use.
     pub(super) fn create(path: &Path) -> Result<TokenFile, CliError> {
         match private_file::create_new(path) {
             Ok(file) => Ok(TokenFile { file, path: path.to_owned(), is_written: false }),
@@ -125,11 +127,11 @@ impl TokenFile {
                 Err(CliError::new(format!("{} exists already", shown_path(path)))
                     .with_hint("name a new file: nothing is overwritten"))
             }
-            Err(error) => Err(CliError::new(format!("cannot make {}: {error}", shown_path(path)))),
+            Err(error) => Err(CliError::new(format!("cannot create {}: {error}", shown_path(path)))),
         }
     }
 
-    /// Writes the token, a line of its own, through to the disk.
+    /// Writes the token as one line and syncs it to disk.
     pub(super) fn write(mut self, token: &str) -> io::Result<()> {
         self.file.write_all(token.as_bytes())?;
         self.file.write_all(b"\n")?;
@@ -142,14 +144,14 @@ impl TokenFile {
 impl Drop for TokenFile {
     fn drop(&mut self) {
         if !self.is_written {
-            // Nothing is lost when this fails: the file is empty or incomplete.
+            // A failure loses nothing: the file is empty or incomplete.
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-/// Whether an argument is a token, or holds one as `--flag=TOKEN` or in a list. Told by the published
-/// pattern, without its checksum: a mistyped token is a secret too.
+/// Whether an argument is a token, or holds one as `--flag=TOKEN` or in a list. The checksum is not verified, because a
+/// mistyped token is a secret too.
 pub(super) fn contains_token(arguments: &[OsString]) -> bool {
     arguments
         .iter()
@@ -157,7 +159,7 @@ pub(super) fn contains_token(arguments: &[OsString]) -> bool {
         .any(|argument| argument.split(['=', ',']).any(looks_like_token))
 }
 
-/// `domain::token::TOKEN_PATTERN`; a test holds the two together.
+/// Implements `domain::token::TOKEN_PATTERN`; a test checks that both agree.
 fn looks_like_token(text: &str) -> bool {
     let Some((head, body)) = text.rsplit_once('_') else {
         return false;

@@ -1,4 +1,4 @@
-//! Handing over a new token: it is shown once, to the one place that was asked for.
+//! Delivers a new token, once, to the destination that the flags choose: the terminal, stdout alone or a new file.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use super::{
 };
 use crate::pb;
 
-/// Where a new token goes. By default it is printed with the key's details.
+/// Flags that choose where a new token goes. By default it is printed with the key's details.
 #[derive(Debug, Args)]
 pub(super) struct TokenOutputArgs {
     /// Print the token and nothing else
@@ -21,7 +21,7 @@ pub(super) struct TokenOutputArgs {
     write_token: Option<PathBuf>,
 }
 
-/// An answer that brings a token.
+/// A response that contains a new token.
 pub(super) trait IssuedKeyResponse: ToJson {
     fn token_mut(&mut self) -> &mut String;
     fn key(&self) -> Option<&pb::Key>;
@@ -45,7 +45,7 @@ impl IssuedKeyResponse for pb::RotateKeyResponse {
     }
 }
 
-/// Where the token goes, ready before it exists.
+/// Where the token goes, opened before the token exists.
 #[derive(Debug)]
 pub(super) enum TokenDestination<'a> {
     Show,
@@ -54,7 +54,7 @@ pub(super) enum TokenDestination<'a> {
 }
 
 impl<'a> TokenDestination<'a> {
-    /// Makes ready. Must come before the call: a file that cannot be made then costs no key.
+    /// Opens the destination. Must run before the call, so that a file that cannot be created wastes no key.
     pub(super) fn prepare(args: &'a TokenOutputArgs) -> Result<TokenDestination<'a>, CliError> {
         Ok(match &args.write_token {
             Some(path) => TokenDestination::File(TokenFile::create(path)?, path),
@@ -63,77 +63,77 @@ impl<'a> TokenDestination<'a> {
         })
     }
 
-    /// Hands over the token and tells of the key.
+    /// Delivers the token and prints the key's details.
     pub(super) fn deliver<M: IssuedKeyResponse>(
         self,
         cx: &mut CommandContext<'_>,
-        mut answer: M,
+        mut response: M,
     ) -> Result<u8, CliError> {
-        let id = answer.key().map(|key| key.id.clone()).unwrap_or_default();
-        if answer.token_mut().is_empty() {
-            return self.report_replay(cx, &answer, &id);
+        let id = response.key().map(|key| key.id.clone()).unwrap_or_default();
+        if response.token_mut().is_empty() {
+            return self.report_replay(cx, &response, &id);
         }
         let done = match self {
-            TokenDestination::Show if cx.is_json_output() => cx.print_required_json(&answer),
-            TokenDestination::Show => print_token(cx, &mut answer),
-            TokenDestination::TokenOnly => cx.console.print_required(&token_line(answer.token_mut())),
-            TokenDestination::File(file, path) => write_token_file(cx, &mut answer, file, path),
+            TokenDestination::Show if cx.is_json_output() => cx.print_required_json(&response),
+            TokenDestination::Show => print_token(cx, &mut response),
+            TokenDestination::TokenOnly => cx.console.print_required(&token_line(response.token_mut())),
+            TokenDestination::File(file, path) => write_token_file(cx, &mut response, file, path),
         };
-        answer.token_mut().zeroize();
+        response.token_mut().zeroize();
         done.map(|()| 0).map_err(|failure| failure.with_hint(new_token_hint(&id)))
     }
 
-    /// The request had been done before: the token went to whoever asked first.
+    /// Reports a replayed request: the first response had the token.
     fn report_replay<M: IssuedKeyResponse>(
         self,
         cx: &mut CommandContext<'_>,
-        answer: &M,
+        response: &M,
         id: &str,
     ) -> Result<u8, CliError> {
         let message = format!(
-            "key {id} was made by an earlier request with this idempotency key; its token was shown then"
+            "key {id} was created by an earlier request with this idempotency key, which showed its token"
         );
         if !matches!(self, TokenDestination::Show) {
             return Err(CliError::refused(message).with_hint(new_token_hint(id)));
         }
-        cx.print_response(answer, |colours| render_key_details(answer, colours))?;
+        cx.print_response(response, |colors| render_key_details(response, colors))?;
         cx.console.eprint(&format!("{message}.\n"));
         Ok(0)
     }
 }
 
 fn new_token_hint(id: &str) -> String {
-    format!("the token cannot be shown again; `keyward keys rotate {id} --now` makes a new one")
+    format!("the token cannot be shown again; `keyward keys rotate {id} --now` issues a new one")
 }
 
-/// Details for people go to stderr, so that stdout holds the token alone.
-fn print_token<M: IssuedKeyResponse>(cx: &mut CommandContext<'_>, answer: &mut M) -> Result<(), CliError> {
-    cx.console.eprint(&render_key_details(answer, cx.console.stderr_colors));
-    cx.console.eprint("\nThe token, shown once: keep it now, it is stored nowhere.\n");
-    cx.console.print_required(&token_line(answer.token_mut()))
+/// Prints the key's details to stderr, so that stdout has the token alone.
+fn print_token<M: IssuedKeyResponse>(cx: &mut CommandContext<'_>, response: &mut M) -> Result<(), CliError> {
+    cx.console.eprint(&render_key_details(response, cx.console.stderr_colors));
+    cx.console.eprint("\nThe token is shown only once and stored nowhere. Save it now:\n");
+    cx.console.print_required(&token_line(response.token_mut()))
 }
 
 fn write_token_file<M: IssuedKeyResponse>(
     cx: &mut CommandContext<'_>,
-    answer: &mut M,
+    response: &mut M,
     file: TokenFile,
     path: &Path,
 ) -> Result<(), CliError> {
-    let written = file.write(answer.token_mut());
-    answer.token_mut().zeroize();
+    let written = file.write(response.token_mut());
+    response.token_mut().zeroize();
     written.map_err(|error| {
         CliError::new(format!(
-            "the key is made, but its token could not be written to {}: {error}",
+            "the key was created, but its token could not be written to {}: {error}",
             path.display()
         ))
     })?;
-    cx.print_response(answer, |colours| render_key_details(answer, colours))?;
-    cx.console.eprint(&format!("The token is in {}, readable by its owner alone.\n", path.display()));
+    cx.print_response(response, |colors| render_key_details(response, colors))?;
+    cx.console.eprint(&format!("The token is in {}, which only its owner can read.\n", path.display()));
     Ok(())
 }
 
-fn render_key_details<M: IssuedKeyResponse>(answer: &M, colours: bool) -> String {
-    answer.key().map(|key| text_output::describe_key(key).render(colours)).unwrap_or_default()
+fn render_key_details<M: IssuedKeyResponse>(response: &M, colors: bool) -> String {
+    response.key().map(|key| text_output::describe_key(key).render(colors)).unwrap_or_default()
 }
 
 fn token_line(token: &str) -> Zeroizing<String> {
@@ -150,7 +150,7 @@ mod tests {
 
     const TOKEN: &str = "kw_live_secret";
 
-    fn answer(token: &str) -> pb::CreateKeyResponse {
+    fn response(token: &str) -> pb::CreateKeyResponse {
         let key = pb::Key { id: "0197".into(), ..Default::default() };
         pb::CreateKeyResponse { key: Some(key), token: token.into(), revision: 7, replayed: token.is_empty() }
     }
@@ -175,7 +175,7 @@ mod tests {
         };
         let mut cx = CommandContext::new(settings, &mut console);
         let done = TokenDestination::prepare(args)
-            .and_then(|delivery| delivery.deliver(&mut cx, answer(token)))
+            .and_then(|destination| destination.deliver(&mut cx, response(token)))
             .map_err(|failure| failure.to_string());
         (out.text(), err.text(), done)
     }
@@ -188,7 +188,7 @@ mod tests {
     fn for_people_stdout_holds_the_token_alone_and_stderr_the_rest() {
         let (out, err, done) = hand_over(&args(false, None), OutputFormat::Table, TOKEN);
         assert_eq!((out.as_str(), done), ("kw_live_secret\n", Ok(0)));
-        assert!(err.contains("0197") && err.contains("shown once") && !err.contains(TOKEN), "{err}");
+        assert!(err.contains("0197") && err.contains("shown only once") && !err.contains(TOKEN), "{err}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! What flags hold besides text and numbers: instants, expiries, rate limits, quotas, pairs.
+//! Parses the values of flags (instants, durations, rate limits, quotas, pairs) and formats the same values for people.
 //!
-//! A value is read here only where the request needs another shape of it. Whether it is allowed is for the
-//! server to say: it names every field that is wrong at once, and its rules are those of its version.
+//! Not here: whether a value is allowed. The server decides that by the rules of its version, and reports every wrong
+//! field at once.
 
 use std::{path::Path, time::Duration};
 
@@ -9,7 +9,7 @@ use prost_types::Timestamp;
 
 use crate::{clock::Clock, config::duration, domain::credential_mask::mask_value, pb};
 
-/// When a key ends.
+/// The value of `--expires`: `never`, a duration from now, or an instant.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum ExpiryArg {
     Never,
@@ -18,7 +18,6 @@ pub(super) enum ExpiryArg {
 }
 
 impl ExpiryArg {
-    /// Reads `never`, a duration from now, or an instant.
     pub(super) fn parse(text: &str) -> Result<ExpiryArg, String> {
         if text == "never" {
             return Ok(ExpiryArg::Never);
@@ -27,7 +26,7 @@ impl ExpiryArg {
             .map(|either| either.map_or_else(ExpiryArg::In, ExpiryArg::At))
     }
 
-    /// The instant, for a request that has no other way to say it.
+    /// Returns the instant, for a request that has no field for a duration; `None` is never.
     pub(super) fn resolve(self, clock: &dyn Clock) -> Option<Timestamp> {
         match self {
             ExpiryArg::Never => None,
@@ -37,7 +36,7 @@ impl ExpiryArg {
     }
 }
 
-/// How long keys may live.
+/// The longest lifetime of an account's keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LifetimeArg {
     Unlimited,
@@ -45,7 +44,7 @@ pub(super) enum LifetimeArg {
 }
 
 impl LifetimeArg {
-    /// Reads `never` (they never have to end) or a duration.
+    /// Parses `never` (no limit) or a duration.
     pub(super) fn parse(text: &str) -> Result<LifetimeArg, String> {
         match text {
             "never" => Ok(LifetimeArg::Unlimited),
@@ -55,7 +54,6 @@ impl LifetimeArg {
         }
     }
 
-    /// The duration, where there is one.
     pub(super) fn to_proto_limit(self) -> Option<prost_types::Duration> {
         match self {
             LifetimeArg::Unlimited => None,
@@ -64,7 +62,7 @@ impl LifetimeArg {
     }
 }
 
-/// An instant, told as itself or by how long ago it is.
+/// An instant in the past, given as an instant or as a duration before now.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum PastInstantArg {
     Ago(Duration),
@@ -72,13 +70,11 @@ pub(super) enum PastInstantArg {
 }
 
 impl PastInstantArg {
-    /// Reads a duration back from now, or an instant.
     pub(super) fn parse(text: &str) -> Result<PastInstantArg, String> {
         parse_instant_or_duration(text, "")
             .map(|either| either.map_or_else(PastInstantArg::Ago, PastInstantArg::At))
     }
 
-    /// The instant.
     pub(super) fn resolve(self, clock: &dyn Clock) -> Timestamp {
         match self {
             PastInstantArg::Ago(ago) => timestamp_to_proto(clock.now().saturating_sub(ago)),
@@ -87,7 +83,7 @@ impl PastInstantArg {
     }
 }
 
-/// An instant that lies ahead, told as itself or by how far away it is.
+/// An instant in the future, given as an instant or as a duration from now.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum FutureInstantArg {
     In(Duration),
@@ -95,13 +91,11 @@ pub(super) enum FutureInstantArg {
 }
 
 impl FutureInstantArg {
-    /// Reads a duration from now, or an instant.
     pub(super) fn parse(text: &str) -> Result<FutureInstantArg, String> {
         parse_instant_or_duration(text, "")
             .map(|either| either.map_or_else(FutureInstantArg::In, FutureInstantArg::At))
     }
 
-    /// The instant.
     pub(super) fn resolve(self, clock: &dyn Clock) -> Timestamp {
         match self {
             FutureInstantArg::In(wait) => timestamp_to_proto(clock.now().saturating_add(wait)),
@@ -110,7 +104,7 @@ impl FutureInstantArg {
     }
 }
 
-/// `Ok(Ok)` is an instant, `Ok(Err)` a duration.
+/// `Ok(Ok)` is an instant, `Ok(Err)` a duration. `also` names further values for the error message.
 fn parse_instant_or_duration(text: &str, also: &str) -> Result<Result<Timestamp, Duration>, String> {
     if let Ok(duration) = duration::parse_duration(text) {
         return Ok(Err(duration));
@@ -131,18 +125,17 @@ fn timestamp_to_proto(instant: crate::domain::time::Timestamp) -> Timestamp {
 pub(super) fn timestamp_from_micros(micros: i64) -> Timestamp {
     Timestamp {
         seconds: micros.div_euclid(1_000_000),
-        // Below a thousand million: the remainder is less than a million.
+        // Fits: the remainder is less than 1,000,000.
         nanos: (micros.rem_euclid(1_000_000) * 1_000) as i32,
     }
 }
 
-/// An instant in RFC 3339, UTC.
+/// Formats an instant in UTC; one that RFC 3339 cannot express as seconds since 1970.
 pub(super) fn format_rfc3339(instant: &Timestamp) -> String {
     jiff::Timestamp::new(instant.seconds, instant.nanos)
         .map_or_else(|_| format!("{}s since 1970", instant.seconds), |instant| instant.to_string())
 }
 
-/// A length of time as the protocol has it.
 pub(super) fn duration_to_proto(duration: Duration) -> prost_types::Duration {
     prost_types::Duration {
         seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
@@ -150,12 +143,12 @@ pub(super) fn duration_to_proto(duration: Duration) -> prost_types::Duration {
     }
 }
 
-/// A length of time as people write it.
+/// Formats a duration as flags take it, such as `1m30s`.
 pub(super) fn format_proto_duration(duration: &prost_types::Duration) -> String {
     Duration::try_from(*duration).map_or_else(|_| "negative".to_owned(), duration::format_duration)
 }
 
-/// Reads `NAME=LIMIT/WINDOW`.
+/// Parses `NAME=LIMIT/WINDOW`, such as `calls=100/1m`.
 pub(super) fn parse_rate_limit(text: &str) -> Result<pb::RateLimit, String> {
     let parts = text.split_once('=').and_then(|(name, rest)| Some((name, rest.split_once('/')?)));
     let Some((name, (limit, window))) = parts.filter(|(name, _)| !name.is_empty()) else {
@@ -168,7 +161,7 @@ pub(super) fn parse_rate_limit(text: &str) -> Result<pb::RateLimit, String> {
     })
 }
 
-/// A rate limit as [`parse_rate_limit`] reads it.
+/// Formats a rate limit so that [`parse_rate_limit`] can read it.
 pub(super) fn format_rate_limit(limit: &pb::RateLimit) -> String {
     format!(
         "{}={}/{}",
@@ -178,31 +171,31 @@ pub(super) fn format_rate_limit(limit: &pb::RateLimit) -> String {
     )
 }
 
-/// Reads `LIMIT/PERIOD`.
+/// Parses `LIMIT/PERIOD`, such as `1000/month`.
 pub(super) fn parse_quota(text: &str) -> Result<pb::Quota, String> {
-    let wanted = || "write LIMIT/PERIOD with a period of hour, day, month or total: 1000/month".to_owned();
-    let (limit, period) = text.split_once('/').ok_or_else(wanted)?;
+    let usage = || "write LIMIT/PERIOD with a period of hour, day, month or total: 1000/month".to_owned();
+    let (limit, period) = text.split_once('/').ok_or_else(usage)?;
     let period = match period {
         "hour" => pb::QuotaPeriod::Hour,
         "day" => pb::QuotaPeriod::Day,
         "month" => pb::QuotaPeriod::Month,
         "total" => pb::QuotaPeriod::Total,
-        _ => return Err(wanted()),
+        _ => return Err(usage()),
     };
-    Ok(pb::Quota { limit: limit.parse().map_err(|_| wanted())?, period: period.into() })
+    Ok(pb::Quota { limit: limit.parse().map_err(|_| usage())?, period: period.into() })
 }
 
-/// A quota as [`parse_quota`] reads it.
+/// Formats a quota so that [`parse_quota`] can read it.
 pub(super) fn format_quota(quota: &pb::Quota) -> String {
     format!("{}/{}", quota.limit, format_enum_name(quota.period().as_str_name(), "QUOTA_PERIOD_"))
 }
 
-/// A path for a message. A secret that was given in its place is masked.
+/// Formats a path for a message. A secret that was given in place of a path is masked.
 pub(super) fn shown_path(path: &Path) -> String {
     mask_value(&path.to_string_lossy()).into_owned()
 }
 
-/// Reads `NAME=VALUE`; the value may hold more of `=`.
+/// Parses `NAME=VALUE`; the value may contain `=`.
 pub(super) fn parse_name_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
@@ -210,9 +203,14 @@ pub(super) fn parse_name_value(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// An enum's value for people: `KEY_STATE_ACTIVE` is `active`.
+/// Formats an enum's proto name for people: `KEY_STATE_ACTIVE` becomes `active`.
 pub(super) fn format_enum_name(name: &str, prefix: &str) -> String {
     name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase().replace('_', "-")
+}
+
+/// Formats a count with its noun: "1 row", "2 rows".
+pub(super) fn format_row_count(count: u64) -> String {
+    format!("{count} row{}", if count == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]
@@ -308,5 +306,10 @@ mod tests {
             let _ = format_rfc3339(&Timestamp { seconds, nanos });
             let _ = format_proto_duration(&prost_types::Duration { seconds, nanos });
         }
+    }
+
+    #[test]
+    fn one_row_is_not_rows() {
+        assert_eq!([0, 1, 2].map(format_row_count), ["0 rows", "1 row", "2 rows"]);
     }
 }

@@ -1,4 +1,4 @@
-//! `keyward whoami` and `keyward revoke-self`: a token about itself. They need no permission, only the token.
+//! `keyward whoami` and `keyward revoke-self`: show and revoke the caller's own key. They need the token, but no scope.
 
 use clap::Args;
 
@@ -7,46 +7,43 @@ use super::{
 };
 use crate::pb;
 
-/// Shows what the caller's own token is.
 pub(super) async fn whoami(cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-    let answer = cx
+    let response = cx
         .connect()?
         .call_keys(DefaultTimeout::Quick, pb::WhoAmIRequest {}, async |mut client, request| {
             client.who_am_i(request).await
         })
         .await?;
-    cx.print_response(&answer, |colours| {
+    cx.print_response(&response, |colors| {
         let account =
-            answer.account.as_ref().map(|account| DetailTable::new().field("account name", &account.name));
-        let key = match &answer.key {
+            response.account.as_ref().map(|account| DetailTable::new().field("account name", &account.name));
+        let key = match &response.key {
             Some(key) => text_output::describe_key(key),
-            None => DetailTable::new().field("caller", &answer.actor),
+            None => DetailTable::new().field("caller", &response.actor),
         };
-        std::iter::once(key).chain(account).fold(DetailTable::new(), DetailTable::merge).render(colours)
+        std::iter::once(key).chain(account).fold(DetailTable::new(), DetailTable::merge).render(colors)
     })?;
     Ok(0)
 }
 
-/// Flags of `keyward revoke-self`.
 #[derive(Debug, Args)]
 pub(super) struct RevokeSelfArgs {
-    /// Do not ask first
+    /// Do not ask for confirmation
     #[arg(long, short)]
     yes: bool,
 }
 
 impl RevokeSelfArgs {
-    /// Revokes the caller's own key.
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        cx.console.confirm("Revoke the key of the token you call with, for ever?", self.yes)?;
-        let answer = cx
+        cx.console.confirm("Permanently revoke the key of your own token?", self.yes)?;
+        let response = cx
             .connect()?
             .call_keys(DefaultTimeout::Propagation, pb::RevokeSelfRequest {}, async |mut client, request| {
                 client.revoke_self(request).await
             })
             .await?;
-        cx.print_response(&answer, |_| {
-            text_output::format_propagation(answer.revision, answer.propagation.as_ref())
+        cx.print_response(&response, |_| {
+            text_output::format_propagation(response.revision, response.propagation.as_ref())
         })?;
         Ok(0)
     }

@@ -411,7 +411,7 @@ fn the_example_of_rules_is_right() {
     let example = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/examples/rules.toml");
     let ended = home.run_to_end(home.command(["rules", "check", example]));
     assert_eq!((ended.code, ended.err.as_str()), (Some(0), ""), "{ended:?}");
-    assert!(ended.out.ends_with("8 rules, nothing wrong.\n"), "{ended:?}");
+    assert!(ended.out.ends_with("8 rules, no problems.\n"), "{ended:?}");
     let ask = |method: &str, path: &str| {
         home.run_to_end(home.command([
             "rules",
@@ -423,7 +423,7 @@ fn the_example_of_rules_is_right() {
             "staging.example.com:443",
         ]))
     };
-    assert!(ask("GET", "/v1/monitors/7").out.contains("staging (said by the rule)"));
+    assert!(ask("GET", "/v1/monitors/7").out.contains("staging (set by the rule)"));
     assert_eq!(ask("GET", "//v1").code, Some(1));
     let none =
         home.run_to_end(home.command(["rules", "test", example, "PUT", "/v1/status", "--output", "json"]));

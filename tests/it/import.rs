@@ -249,7 +249,7 @@ async fn an_unknown_field_of_any_object_is_refused_before_anything_is_sent() {
     assert_eq!(summary(&ended)["rows"], 3);
     let table = format!("sha256\n{}\n", digest(94));
     let refused = run(&server, "keys.csv", table.as_bytes(), &["--rename", "nosuch=hint"]);
-    assert!(refused.code == Some(2) && refused.err.contains("no column of --rename nosuch"), "{refused:?}");
+    assert!(refused.code == Some(2) && refused.err.contains("no column for --rename nosuch"), "{refused:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -260,9 +260,9 @@ async fn a_file_of_another_kind_is_refused_by_what_it_is_and_nothing_of_it_is_sh
     for (name, file, said) in [
         ("keys.xlsx", &b"PK\x03\x04rest"[..], "Excel workbook"),
         ("keys.csv", b"caf\xe9,sha256\n", "line 1 is not UTF-8"),
-        ("damaged.csv", b"sha256\n\0\0\0", "line 2 holds a zero byte"),
-        ("wrapped.json", wrapped.as_bytes(), "an object around the array"),
-        ("headerless.csv", headerless.as_bytes(), "it names no columns"),
+        ("damaged.csv", b"sha256\n\0\0\0", "line 2 has a zero byte"),
+        ("wrapped.json", wrapped.as_bytes(), "an object that contains the array"),
+        ("headerless.csv", headerless.as_bytes(), "the first row names no columns"),
         ("empty.csv", b"", "the file is empty"),
     ] {
         let refused = run(&server, name, file, &[]);

@@ -485,7 +485,7 @@ async fn operators_see_who_serves_and_change_the_lease() {
     assert!(listed.contains("r0  ") && listed.contains("r1  ") && listed.contains("lease 1s"), "{listed}");
     assert_eq!(fleet.run_operator_command(&["lease", "static"]), "The lease is static (never runs out).\n");
     assert_eq!(fleet.run_operator_command(&["lease", "2s"]), "The lease is 2s.\n");
-    assert_eq!(fleet.run_operator_command(&["lease"]), "2s; nobody holds one longer than 2s.\n");
+    assert_eq!(fleet.run_operator_command(&["lease"]), "2s; no replica holds one longer than 2s.\n");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -270,7 +270,7 @@ async fn a_reset_that_revokes_descendants_leaves_none_of_any_generation_and_says
     server.stop();
     // Nothing is left, and what was lost long ago can still be named.
     let out = assert_success(reset(&home, &["--root-key-file", "fourth.key"]));
-    assert!(out.contains("No living key descends") && out.contains(&family.first_root), "{out}");
+    assert!(out.contains("No active key descends") && out.contains(&family.first_root), "{out}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -291,7 +291,7 @@ async fn a_reset_of_what_is_no_root_key_or_into_a_file_that_exists_changes_nothi
         (&["--lost", "root"], "must be a UUID"),
         (&["--root-key-file", "second.key"], "exists already"),
         (&["--root-key-file", "nowhere/root.key"], "cannot be created"),
-        (&[], "standard output is no terminal"),
+        (&[], "standard output is not a terminal"),
     ] {
         let ended = reset(&home, &[&["--revoke-descendants"][..], arguments].concat());
         assert!(ended.code.is_some_and(|code| code > 0) && ended.err.contains(said), "{said}: {ended:?}");

@@ -249,7 +249,7 @@ async fn a_killed_servers_file_starts_with_its_wal_and_not_without_until_the_los
     }
     let accepted = accept();
     assert_eq!(accepted.code, Some(0), "{accepted:?}");
-    assert!(accepted.out.contains("revoke again what was revoked"), "{accepted:?}");
+    assert!(accepted.out.contains("repeat the revocations"), "{accepted:?}");
     let server = home.start();
     let mut root = server.root_caller();
     assert_eq!(root.check_token(&kept).await.unwrap(), Reason::Ok);

@@ -70,13 +70,16 @@ async fn a_question_is_asked_on_the_terminal_though_stdin_is_a_pipe() {
     let revoke = format!("cat root.key | \"$KEYWARD\" --token-file - keys revoke {id}");
     let (code, shown) = answered(&command, &revoke, "n");
     assert!(
-        code == Some(1) && shown.contains("for ever? [y/N]") && shown.contains("not confirmed"),
+        code == Some(1)
+            && shown.contains("Permanently revoke key ")
+            && shown.contains("[y/N]")
+            && shown.contains("not confirmed"),
         "{shown}"
     );
     assert_eq!(state(&server, &id).await, KeyState::Active);
     let bulk = "cat root.key | \"$KEYWARD\" --token-file - keys bulk-revoke --account acme";
     let (code, shown) = answered(&command, bulk, "");
-    assert!(code == Some(1) && shown.contains("Revoke 1 key of account acme for ever? [y/N]"), "{shown}");
+    assert!(code == Some(1) && shown.contains("Permanently revoke 1 key of account acme? [y/N]"), "{shown}");
     assert_eq!(state(&server, &id).await, KeyState::Active);
     let (code, shown) = answered(&command, &revoke, "y");
     assert_eq!(code, Some(0), "{shown}");
@@ -97,7 +100,7 @@ async fn what_cannot_be_undone_is_refused_without_a_terminal_and_without_yes() {
     ] {
         let ended = server.home.run_to_end(without_terminal(&client(&server, arguments)));
         assert!(
-            ended.code == Some(2) && ended.err.contains("repeat it with --yes"),
+            ended.code == Some(2) && ended.err.contains("repeat the command with --yes"),
             "{arguments:?} {ended:?}"
         );
     }
@@ -115,7 +118,7 @@ async fn what_cannot_be_undone_is_refused_without_a_terminal_and_without_yes() {
     ] {
         let ended = home.run_to_end(without_terminal(&home.command(arguments)));
         assert!(
-            ended.code == Some(2) && ended.err.contains("repeat it with --yes"),
+            ended.code == Some(2) && ended.err.contains("repeat the command with --yes"),
             "{arguments:?} {ended:?}"
         );
     }
@@ -197,7 +200,7 @@ async fn a_reader_that_has_gone_makes_neither_a_panic_nor_a_false_success() {
     }
     let home = server.stop();
     let ended = without_reader(&home, home.root_key_reset_command("-"));
-    assert!(ended.code == Some(1) && ended.err.contains("run the command again"), "{ended:?}");
+    assert!(ended.code == Some(1) && ended.err.contains("repeat the command"), "{ended:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -208,7 +211,7 @@ async fn scopes_are_added_and_removed_and_what_is_replaced_is_said() {
     let scopes = async || server.root_caller().get_key(&id).await.unwrap().scopes;
     let added = update(&["--add-scope", "jobs:run,jobs:read"]);
     assert!(
-        added.code == Some(0) && added.err.contains("taken away: none; granted: jobs:read, jobs:run"),
+        added.code == Some(0) && added.err.contains("removed: none; added: jobs:read, jobs:run"),
         "{added:?}"
     );
     assert!(!added.err.contains("warning"), "nobody else changed it: {added:?}");
@@ -222,7 +225,7 @@ async fn scopes_are_added_and_removed_and_what_is_replaced_is_said() {
         "{missing:?}"
     );
     let replaced = update(&["--scope", "jobs:read"]);
-    let said = "Scopes taken away: monitors:read; granted: none.";
+    let said = "Scopes removed: monitors:read; added: none.";
     assert!(replaced.code == Some(0) && replaced.err.contains(said), "{replaced:?}");
 }
 

@@ -1,5 +1,6 @@
-//! `keyward audit archive`: the oldest entries leave the log for a file. Like `root-key` and `replicas`, it needs the
-//! database at hand: no server's role may take anything out of the log.
+//! `keyward audit archive`: moves the oldest entries of the audit log to a file.
+//!
+//! It opens the database itself, like `root-key` and `replicas`: a server's database role cannot delete log entries.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -18,23 +19,21 @@ use crate::{
     server::maintenance,
 };
 
-/// Flags of `keyward audit archive`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct AuditArchiveArgs {
-    /// Archive what was done before then: an instant (RFC 3339), or a duration ago (365d)
+    /// Archive the entries before then: an instant (RFC 3339), or a duration ago (365d)
     #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
     before: PastInstantArg,
     /// The new file (mode 0600); 'keyward audit verify --file' verifies it
     #[arg(long, value_name = "FILE")]
     to: PathBuf,
-    /// Do not ask first
+    /// Do not ask for confirmation
     #[arg(long, short)]
     yes: bool,
     #[command(flatten)]
     database: DatabaseArgs,
 }
 
-/// Runs the command.
 pub(in crate::cli) fn run(args: &AuditArchiveArgs) -> ExitCode {
     to_exit_code(archive_log(args))
 }
@@ -44,14 +43,14 @@ fn archive_log(args: &AuditArchiveArgs) -> anyhow::Result<()> {
     let before = args.before.resolve(&SystemClock);
     maintenance::require_existing_database(&settings)?;
     let question = format!(
-        "Take every entry before {} out of the audit log of {}, for ever? {} has them then.",
+        "Permanently move every entry before {} from the audit log of {} to {}?",
         format_rfc3339(&before),
         settings.database.redacted(),
         args.to.display()
     );
     if args.to.symlink_metadata().is_ok() {
         let exists =
-            format!("{} exists already: name a new file, since nothing is overwritten", args.to.display());
+            format!("{} exists already: name a new file, because nothing is overwritten", args.to.display());
         return Err(anyhow::anyhow!(exists));
     }
     Console::with_stdio().confirm(&question, args.yes)?;
@@ -59,13 +58,12 @@ fn archive_log(args: &AuditArchiveArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let archived = runtime.block_on(maintenance::archive_log(&settings, before, &args.to, &SystemClock))?;
     print_escaped(&match archived {
-        None => "There is nothing to archive: no entry is as old, or a replica still needs it.\n".to_owned(),
+        None => "Nothing to archive: no entry is old enough, or a replica still needs it.\n".to_owned(),
         Some(archived) => {
             let (entries, first, last) = (archived.entries, archived.first, archived.last);
             let to = escape_terminal(&args.to.display().to_string());
-            let done = format!("{entries} entries, {first} to {last}, are in {to}.\n");
-            let rest =
-                "Later ones that are as old stay: they are the newest, or a replica still needs them.\n";
+            let done = format!("Moved {entries} entries, {first} to {last}, to {to}.\n");
+            let rest = "Some later entries that are old enough stay: they are the newest, or a replica still needs them.\n";
             done + if archived.is_held_back { rest } else { "" }
         }
     })?;

@@ -1,4 +1,5 @@
-//! `keyward call_audit export`: the log as a file that anybody can verify. Each entry is verified as it comes.
+//! `keyward audit export`: writes the audit log as a file that anybody can verify, and verifies each entry before it is
+//! written.
 
 use std::{
     fs::File,
@@ -28,18 +29,16 @@ use crate::{
 
 const EXPORT_PAGE_SIZE: u32 = 1000;
 
-/// Flags of `keyward call_audit export`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct AuditExportArgs {
     /// Write to this new file (mode 0600) instead of standard output
     #[arg(long, value_name = "FILE")]
     to: Option<PathBuf>,
-    /// Only what comes after this entry, such as the last of an earlier export
+    /// Only entries after this one, such as the last entry of an earlier export
     #[arg(long, value_name = "REVISION", default_value_t = 0)]
     after: u64,
 }
 
-/// Where the lines go.
 enum ExportTarget {
     File(BufWriter<File>, PathBuf),
     Stdout,
@@ -49,7 +48,7 @@ impl ExportTarget {
     fn open(to: Option<&PathBuf>) -> Result<ExportTarget, CliError> {
         let Some(path) = to else { return Ok(ExportTarget::Stdout) };
         let file = private_file::create_new(path)
-            .map_err(|error| CliError::new(format!("{} cannot be made: {error}", shown_path(path))))?;
+            .map_err(|error| CliError::new(format!("cannot create {}: {error}", shown_path(path))))?;
         Ok(ExportTarget::File(BufWriter::new(file), path.clone()))
     }
 
@@ -57,8 +56,8 @@ impl ExportTarget {
         match self {
             ExportTarget::File(file, path) => file
                 .write_all(text.as_bytes())
-                .map_err(|error| CliError::new(format!("{} cannot be written: {error}", shown_path(path)))),
-            // A copy that ends early is none.
+                .map_err(|error| CliError::new(format!("cannot write {}: {error}", shown_path(path)))),
+            // An incomplete export is worthless, so a closed pipe is an error.
             ExportTarget::Stdout => cx.console.print_required(text),
         }
     }
@@ -67,7 +66,7 @@ impl ExportTarget {
         let ExportTarget::File(mut file, path) = self else { return Ok(()) };
         file.flush()
             .and_then(|()| private_file::sync_to_disk(file.get_ref(), &path))
-            .map_err(|error| CliError::new(format!("{} cannot be written: {error}", shown_path(&path))))
+            .map_err(|error| CliError::new(format!("cannot write {}: {error}", shown_path(&path))))
     }
 }
 
@@ -80,11 +79,11 @@ impl AuditExportArgs {
         loop {
             let (rows, next) = fetch_page(&session, self.after, page_token).await?;
             for row in &rows {
-                let begun = chain.is_some();
+                let has_header = chain.is_some();
                 let before =
                     LogPosition { revision: Revision(row.revision.0.saturating_sub(1)), hash: row.prev_hash };
                 let chain = chain.get_or_insert(ChainVerifier::from_position(before));
-                if !begun {
+                if !has_header {
                     sink.write(cx, &log_export::header_line(before))?;
                 }
                 let revision = chain.position.revision.next();
@@ -99,19 +98,19 @@ impl AuditExportArgs {
             }
         }
         let Some(chain) = chain else {
-            let none = format!("there is no entry after {}: nothing was exported", self.after);
+            let none = format!("no entry after {}: nothing was exported", self.after);
             return Err(CliError::refused(none));
         };
         sink.write(cx, &log_export::trailer_line(chain.position, chain.entry_count))?;
         sink.finish()?;
         if let Some(path) = &self.to {
-            let told = format!(
-                "{} entries up to {} are in {}.\n",
+            let summary = format!(
+                "Exported {} entries up to {} to {}.\n",
                 chain.entry_count,
                 chain.position.revision,
                 path.display()
             );
-            cx.console.eprint(&told);
+            cx.console.eprint(&summary);
         }
         Ok(0)
     }
@@ -122,7 +121,7 @@ async fn fetch_page(
     after: u64,
     page_token: String,
 ) -> Result<(Vec<LogEntry>, String), CliError> {
-    let question = pb::ListAuditEntriesRequest {
+    let request = pb::ListAuditEntriesRequest {
         page_size: Some(EXPORT_PAGE_SIZE),
         page_token,
         oldest_first: true,
@@ -130,18 +129,17 @@ async fn fetch_page(
         after_revision: after,
         ..Default::default()
     };
-    let answer = session
-        .call_audit(DefaultTimeout::Quick, question, async |mut client, request| client.list(request).await)
+    let response = session
+        .call_audit(DefaultTimeout::Quick, request, async |mut client, request| client.list(request).await)
         .await?;
-    let rows = answer.entries.into_iter().map(|entry| {
+    let rows = response.entries.into_iter().map(|entry| {
         let revision = entry.revision;
-        to_log_row(entry)
-            .ok_or_else(|| CliError::new(format!("the server's entry {revision} cannot be read")))
+        to_log_row(entry).ok_or_else(|| CliError::new(format!("cannot read the server's entry {revision}")))
     });
-    Ok((rows.collect::<Result<_, _>>()?, answer.next_page_token))
+    Ok((rows.collect::<Result<_, _>>()?, response.next_page_token))
 }
 
-/// The entry as it was hashed. None = some of it cannot be read.
+/// Converts an entry to the form that was hashed; `None` if a field is malformed.
 fn to_log_row(entry: pb::AuditEntry) -> Option<LogEntry> {
     let account = |text: &str| (!text.is_empty()).then(|| AccountId::parse(text)).transpose().ok();
     let user = |text: &str| (!text.is_empty()).then(|| UserId::parse(text)).transpose().ok();

@@ -1,4 +1,4 @@
-//! `keyward call_audit verify`: of the log as a server has it, or of a file that was exported or archived.
+//! `keyward audit verify`: verifies the audit log of a server, or a file that was exported or archived.
 
 use std::{
     fs::File,
@@ -22,22 +22,21 @@ use crate::{
     pb,
 };
 
-/// Flags of `keyward call_audit verify`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct AuditVerifyArgs {
-    /// Verify an exported or archived file; no server is asked
+    /// Verify an exported or archived file, without a server
     #[arg(long, value_name = "FILE", conflicts_with_all = ["from", "to", "chain_only"])]
     file: Option<PathBuf>,
-    /// An entry whose hash is known from elsewhere, such as the heads that servers log every minute
+    /// An entry with its hash from another source, such as the heads that servers log every minute
     #[arg(long, value_name = "REVISION:HASH", value_parser = parse_position)]
     expect: Option<LogPosition>,
-    /// The first entry to verify [default: the oldest there is]
+    /// The first entry to verify [default: the oldest]
     #[arg(long, value_name = "REVISION", default_value_t = 0, hide_default_value = true)]
     from: u64,
     /// The last entry to verify [default: the newest]
     #[arg(long, value_name = "REVISION")]
     to: Option<u64>,
-    /// Verify the chain alone, and not whether the database agrees with it
+    /// Verify only the hash chain, not whether the database agrees with it
     #[arg(long)]
     chain_only: bool,
 }
@@ -46,71 +45,70 @@ fn parse_position(text: &str) -> Result<LogPosition, String> {
     let read = |(revision, hash): (&str, &str)| {
         Some(LogPosition { revision: Revision(revision.parse().ok()?), hash: parse_hex_bytes(hash)? })
     };
-    let wrong =
-        "write the revision, a colon, and the hash in 64 hexadecimal digits, as the log of a server has them";
-    text.split_once(':').and_then(read).ok_or_else(|| wrong.to_owned())
+    let usage = "write the revision, a colon, and the hash in 64 hexadecimal digits, as a server logs them";
+    text.split_once(':').and_then(read).ok_or_else(|| usage.to_owned())
 }
 
 impl AuditVerifyArgs {
     pub(in crate::cli) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         match &self.file {
             Some(path) => {
-                let whole = verify_file(path, self.expect)?;
-                cx.console.print(&format_file_summary(path, &whole))?;
-                check_expected_entry(self.expect, &whole)
+                let summary = verify_file(path, self.expect)?;
+                cx.console.print(&format_file_summary(path, &summary))?;
+                check_expected_entry(self.expect, &summary)
             }
             None => self.verify_on_server(cx).await,
         }
     }
 
     async fn verify_on_server(&self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        let question = pb::VerifyAuditLogRequest {
+        let request = pb::VerifyAuditLogRequest {
             from_revision: self.from,
             to_revision: self.to,
             expect_revision: self.expect.map(|expect| expect.revision.0),
             expect_hash: self.expect.map(|expect| expect.hash.to_vec()).unwrap_or_default(),
             chain_only: self.chain_only,
         };
-        let answer = cx
+        let response = cx
             .connect()?
-            .call_audit(DefaultTimeout::FullScan, question, async |mut client, request| {
+            .call_audit(DefaultTimeout::FullScan, request, async |mut client, request| {
                 client.verify(request).await
             })
             .await?;
-        cx.print_response(&answer, |_| format_report(&answer))?;
-        Ok(u8::from(!answer.valid))
+        cx.print_response(&response, |_| format_report(&response))?;
+        Ok(u8::from(!response.valid))
     }
 }
 
 fn verify_file(path: &Path, expect: Option<LogPosition>) -> Result<LogExportSummary, CliError> {
     let unreadable =
-        |error: std::io::Error| CliError::new(format!("{} cannot be read: {error}", shown_path(path)));
-    let wrong =
-        |error: LogExportError| CliError::refused(format!("{} is not whole: {error}", shown_path(path)));
+        |error: std::io::Error| CliError::new(format!("cannot read {}: {error}", shown_path(path)));
+    let invalid =
+        |error: LogExportError| CliError::refused(format!("{} is not valid: {error}", shown_path(path)));
     let mut verifier = LogExportVerifier::with_expected(expect);
     for line in BufReader::new(File::open(path).map_err(unreadable)?).lines() {
-        verifier.verify_line(&line.map_err(unreadable)?).map_err(wrong)?;
+        verifier.verify_line(&line.map_err(unreadable)?).map_err(invalid)?;
     }
-    verifier.finish().map_err(wrong)
+    verifier.finish().map_err(invalid)
 }
 
-fn format_file_summary(path: &Path, whole: &LogExportSummary) -> String {
+fn format_file_summary(path: &Path, summary: &LogExportSummary) -> String {
     format!(
-        "{} is whole: {} entries, after {}:{} up to {}:{}.\n",
+        "{} is valid: {} entries, after {}:{} up to {}:{}.\n",
         path.display(),
-        whole.entry_count,
-        whole.after.revision,
-        HexBytes(&whole.after.hash),
-        whole.end.revision,
-        HexBytes(&whole.end.hash)
+        summary.entry_count,
+        summary.after.revision,
+        HexBytes(&summary.after.hash),
+        summary.end.revision,
+        HexBytes(&summary.end.hash)
     )
 }
 
-fn check_expected_entry(expect: Option<LogPosition>, whole: &LogExportSummary) -> Result<u8, CliError> {
-    match (expect, whole.matches_expected) {
+fn check_expected_entry(expect: Option<LogPosition>, summary: &LogExportSummary) -> Result<u8, CliError> {
+    match (expect, summary.matches_expected) {
         (None, _) | (Some(_), Some(true)) => Ok(0),
         (Some(expect), Some(false)) => Err(CliError::refused(format!(
-            "entry {} has another hash: this is another history",
+            "entry {} has another hash: the file has a different history",
             expect.revision
         ))),
         (Some(expect), None) => {
@@ -119,38 +117,41 @@ fn check_expected_entry(expect: Option<LogPosition>, whole: &LogExportSummary) -
     }
 }
 
-fn format_report(answer: &pb::VerifyAuditLogResponse) -> String {
-    let mut lines = vec![if answer.valid {
-        "The log is whole.".to_owned()
+fn format_report(response: &pb::VerifyAuditLogResponse) -> String {
+    let mut lines = vec![if response.valid {
+        "The log is valid.".to_owned()
     } else {
-        "THE LOG IS NOT WHOLE, OR THE DATABASE DOES NOT AGREE WITH IT.".to_owned()
+        "THE LOG IS NOT VALID, OR THE DATABASE DOES NOT AGREE WITH IT.".to_owned()
     }];
-    if answer.broken_at > 0 || !answer.problem.is_empty() {
-        lines.push(format!("entry {}: {}", answer.broken_at, escape_terminal(&answer.problem)));
+    if response.broken_at > 0 || !response.problem.is_empty() {
+        lines.push(format!("entry {}: {}", response.broken_at, escape_terminal(&response.problem)));
     }
     lines.push(format!(
         "verified: {} entries, from {} to {}:{}",
-        answer.entries,
-        answer.first_revision,
-        answer.last_revision,
-        HexBytes(&answer.last_hash)
+        response.entries,
+        response.first_revision,
+        response.last_revision,
+        HexBytes(&response.last_hash)
     ));
-    lines.push(format!("head: {}:{}", answer.head, HexBytes(&answer.head_hash)));
-    if let Some(made) = &answer.checkpoint {
-        let told =
-            format!("archived: {} entries, up to {}:{}", made.entries, made.revision, HexBytes(&made.hash));
-        lines.push(told);
-    }
-    lines.push(format!("records of the database that agree with it: {}", answer.records));
-    for one in &answer.mismatches {
+    lines.push(format!("head: {}:{}", response.head, HexBytes(&response.head_hash)));
+    if let Some(archive) = &response.checkpoint {
         lines.push(format!(
-            "{}, entry {}: {}",
-            escape_terminal(&one.record),
-            one.revision,
-            escape_terminal(&one.problem)
+            "archived: {} entries, up to {}:{}",
+            archive.entries,
+            archive.revision,
+            HexBytes(&archive.hash)
         ));
     }
-    lines.extend(format_expected_entry(answer.expected()).map(str::to_owned));
+    lines.push(format!("database records that agree with it: {}", response.records));
+    for mismatch in &response.mismatches {
+        lines.push(format!(
+            "{}, entry {}: {}",
+            escape_terminal(&mismatch.record),
+            mismatch.revision,
+            escape_terminal(&mismatch.problem)
+        ));
+    }
+    lines.extend(format_expected_entry(response.expected()).map(str::to_owned));
     lines.join("\n") + "\n"
 }
 
@@ -159,7 +160,7 @@ fn format_expected_entry(expected: pb::ExpectedEntry) -> Option<&'static str> {
         pb::ExpectedEntry::Unspecified => return None,
         pb::ExpectedEntry::Found => "expected: the log has that entry",
         pb::ExpectedEntry::Differs => {
-            "expected: the log has ANOTHER entry in its place: it was written anew, or this is another database"
+            "expected: the log has ANOTHER entry in its place: it was rewritten, or this is another database"
         }
         pb::ExpectedEntry::Archived => {
             "expected: that entry was archived; verify the archive with --file and the same --expect"
@@ -167,7 +168,7 @@ fn format_expected_entry(expected: pb::ExpectedEntry) -> Option<&'static str> {
         pb::ExpectedEntry::Lost => {
             "expected: the log ENDS BEFORE that entry: entries were lost, or a backup was restored"
         }
-        pb::ExpectedEntry::Outside => "expected: that entry lies outside of what was verified",
+        pb::ExpectedEntry::Outside => "expected: that entry is outside of the verified range",
     })
 }
 
@@ -189,14 +190,14 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_told_before_the_figures() {
-        let answer = pb::VerifyAuditLogResponse {
+        let response = pb::VerifyAuditLogResponse {
             broken_at: 3,
             problem: "it was changed".into(),
             expected: pb::ExpectedEntry::Lost.into(),
             ..Default::default()
         };
-        let text = format_report(&answer);
-        assert!(text.starts_with("THE LOG IS NOT WHOLE"), "{text}");
+        let text = format_report(&response);
+        assert!(text.starts_with("THE LOG IS NOT VALID"), "{text}");
         assert!(text.contains("entry 3: it was changed") && text.contains("ENDS BEFORE"), "{text}");
     }
 }

@@ -11,8 +11,8 @@ use prost::Message;
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    BenchMode,
     load_generator::{ExpectedAnswer, PreparedCall},
+    mode::BenchMode,
 };
 use crate::{
     cli::{

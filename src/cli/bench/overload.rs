@@ -8,9 +8,9 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use super::{
-    LoadSubject,
     load_generator::RoundTally,
     report::{MedianAndQuartiles, RoundResult},
+    subject::LoadSubject,
 };
 use crate::cli::error::CliError;
 

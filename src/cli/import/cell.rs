@@ -1,7 +1,7 @@
-//! The values of cells, in the notations that databases, spreadsheets and APIs export: lists, instants, truth values,
-//! digests.
+//! Parses the values of cells in the notations that databases, spreadsheets and APIs export: lists, instants, booleans
+//! and digests.
 //!
-//! No message here repeats a value: a file that holds tokens by mistake must not spread them.
+//! Error messages never repeat a value, because a file may hold tokens by mistake.
 
 use base64::{
     Engine as _, alphabet,
@@ -11,12 +11,12 @@ use jiff::{Timestamp, civil, tz::TimeZone};
 
 use crate::cli::value_format::{ExpiryArg, timestamp_from_micros};
 
-/// Reads a list: words separated by blanks, commas or semicolons, a JSON array, or an array of PostgreSQL.
+/// Parses a list: words separated by blanks, commas or semicolons, a JSON array, or a PostgreSQL array.
 pub(super) fn parse_list(text: &str) -> Result<Vec<String>, String> {
     match text.as_bytes().first() {
         Some(b'[') => serde_json::from_str(text).map_err(|_| "write a JSON array of texts".to_owned()),
         Some(b'{') => parse_postgres_array(text)
-            .ok_or_else(|| "write an array of texts as PostgreSQL does, such as {a,b}".to_owned()),
+            .ok_or_else(|| "write a PostgreSQL array of texts, such as {a,b}".to_owned()),
         _ => {
             let separates = |c: char| c.is_whitespace() || matches!(c, ',' | ';');
             Ok(text.split(separates).filter(|word| !word.is_empty()).map(str::to_owned).collect())
@@ -24,7 +24,7 @@ pub(super) fn parse_list(text: &str) -> Result<Vec<String>, String> {
     }
 }
 
-/// Reads `{a,"b c","d\"e"}`. An element that is NULL, or an array, is none.
+/// Parses `{a,"b c","d\"e"}`. NULL and nested arrays are not accepted.
 fn parse_postgres_array(text: &str) -> Option<Vec<String>> {
     let inner = text.strip_prefix('{')?.strip_suffix('}')?;
     if inner.trim().is_empty() {
@@ -53,7 +53,7 @@ fn parse_bare_element(text: &str) -> Option<(String, &str)> {
     is_text.then(|| (element.to_owned(), after))
 }
 
-/// The element up to its closing quote. A backslash takes the next character as it is.
+/// Parses the element up to its closing quote. A backslash escapes the next character.
 fn parse_quoted_element(text: &str) -> Option<(String, &str)> {
     let mut element = String::new();
     let mut characters = text.char_indices();
@@ -67,8 +67,8 @@ fn parse_quoted_element(text: &str) -> Option<(String, &str)> {
     None
 }
 
-/// Reads when a key ends: never, a duration from now, or an instant. A date without a time is its first instant; an
-/// instant without a zone is in UTC.
+/// Parses when a key ends: never, a duration from now, or an instant. A date means its first instant; an instant without
+/// a zone is in UTC.
 pub(super) fn parse_expiry(text: &str) -> Result<ExpiryArg, String> {
     if ["never", "infinity"].iter().any(|never| text.eq_ignore_ascii_case(never)) {
         return Ok(ExpiryArg::Never);
@@ -83,19 +83,18 @@ pub(super) fn parse_expiry(text: &str) -> Result<ExpiryArg, String> {
     })
 }
 
-/// Since when a key does not work.
+/// Since when a key has been revoked or disabled.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum DeactivatedAt {
-    /// It works.
     NotDeactivated,
-    /// It does not, and nothing says since when.
+    /// The key does not work, since an unknown instant.
     Unknown,
-    /// This instant, which may lie in the future.
+    /// This instant, which may be in the future.
     At(prost_types::Timestamp),
 }
 
-/// Reads since when a key does not work. Zero, NULL and the zero dates of MySQL, .NET and Go mean that it works; some
-/// exports hold a truth value instead of an instant.
+/// Parses since when a key has not worked. Zero, NULL and the zero dates of MySQL, .NET and Go mean that it works. Some
+/// exports hold a boolean instead of an instant.
 pub(super) fn parse_deactivated_at(text: &str) -> Result<DeactivatedAt, String> {
     let digits: String = text.chars().filter(char::is_ascii_digit).collect();
     let is_zero = !digits.is_empty()
@@ -109,18 +108,18 @@ pub(super) fn parse_deactivated_at(text: &str) -> Result<DeactivatedAt, String> 
         return Ok(if is_inactive { DeactivatedAt::Unknown } else { DeactivatedAt::NotDeactivated });
     }
     let instant = parse_unix_time(text).or_else(|| parse_iso8601(text)).ok_or_else(|| {
-        "write the instant since when the key does not work, such as 2027-01-31T00:00:00Z, 2027-01-31 (UTC) or \
+        "write the instant at which the key was deactivated, such as 2027-01-31T00:00:00Z, 2027-01-31 (UTC) or \
          1801353600, or true or false; leave it empty if the key works"
             .to_owned()
     })?;
-    // Some exports write 0 as an instant, others write it into keys that were revoked at no known time.
+    // Ambiguous: some exports write 0 for keys that work, others for keys that were revoked at an unknown time.
     if instant.as_microsecond() == 0 {
-        return Err("1970-01-01 may mean either; write true, or leave it empty if the key works".to_owned());
+        return Err("1970-01-01 is ambiguous; write true, or leave it empty if the key works".to_owned());
     }
     Ok(DeactivatedAt::At(timestamp_from_micros(instant.as_microsecond())))
 }
 
-/// Seconds or milliseconds since 1970, distinguished by their number of digits: both for instants from 2001 to 5138.
+/// Parses seconds or milliseconds since 1970. Their number of digits distinguishes them, for instants from 2001 to 5138.
 fn parse_unix_time(text: &str) -> Option<Timestamp> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
@@ -135,11 +134,11 @@ fn parse_unix_time(text: &str) -> Option<Timestamp> {
     }
 }
 
-/// An instant in ISO 8601, with or without time and zone.
+/// Parses an instant in ISO 8601, with or without time and zone.
 fn parse_iso8601(text: &str) -> Option<Timestamp> {
     let text =
         text.strip_suffix("UTC").or_else(|| text.strip_suffix("GMT")).map(str::trim_end).unwrap_or(text);
-    // Ruby writes a blank before the offset.
+    // Ruby writes a space before the offset.
     let joined = text.rsplit_once(' ').filter(|(_, offset)| offset.starts_with(['+', '-']));
     let joined = joined.map_or_else(|| text.to_owned(), |(time, offset)| format!("{time}{offset}"));
     if let Ok(instant) = joined.parse::<Timestamp>() {
@@ -150,7 +149,7 @@ fn parse_iso8601(text: &str) -> Option<Timestamp> {
     local.to_zoned(TimeZone::UTC).ok().map(|zoned| zoned.timestamp())
 }
 
-/// Reads a truth value, as databases, spreadsheets and people write it.
+/// Parses a boolean as databases, spreadsheets and people write it.
 pub(super) fn parse_bool(text: &str) -> Result<bool, String> {
     match text.to_ascii_lowercase().as_str() {
         "true" | "t" | "yes" | "y" | "1" | "on" => Ok(true),
@@ -159,21 +158,20 @@ pub(super) fn parse_bool(text: &str) -> Result<bool, String> {
     }
 }
 
-/// Reads 64 hexadecimal digits, also as PostgreSQL writes `bytea`, or base64 of either alphabet with or without its
-/// padding.
+/// Parses 64 hexadecimal digits, with PostgreSQL's `bytea` prefix or without, or base64 of either alphabet, padded or not.
 pub(super) fn parse_sha256(text: &str) -> Result<Vec<u8>, String> {
-    let wanted = || "write the SHA-256 of the whole token: 64 hexadecimal digits, or base64".to_owned();
+    let usage = || "write the SHA-256 of the whole token: 64 hexadecimal digits, or base64".to_owned();
     let text = text.strip_prefix("\\x").unwrap_or(text);
     if text.len() == 64 {
         let pair = |pair: &[u8]| u8::from_str_radix(str::from_utf8(pair).ok()?, 16).ok();
         let good = text.bytes().all(|byte| byte.is_ascii_hexdigit());
         let bytes = good.then(|| text.as_bytes().chunks(2).map(pair).collect::<Option<Vec<u8>>>());
-        return bytes.flatten().ok_or_else(wanted);
+        return bytes.flatten().ok_or_else(usage);
     }
     let any_padding = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
     let text = text.replace('-', "+").replace('_', "/");
-    let bytes = GeneralPurpose::new(&alphabet::STANDARD, any_padding).decode(text).map_err(|_| wanted())?;
-    if bytes.len() == 32 { Ok(bytes) } else { Err(wanted()) }
+    let bytes = GeneralPurpose::new(&alphabet::STANDARD, any_padding).decode(text).map_err(|_| usage())?;
+    if bytes.len() == 32 { Ok(bytes) } else { Err(usage()) }
 }
 
 #[cfg(test)]

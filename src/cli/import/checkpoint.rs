@@ -1,7 +1,10 @@
-//! The two files that an import writes beside its own: its progress, and the rejected rows. Both are written
-//! batch by batch, in the order of the file, so that an import that was interrupted continues where it was.
+//! The checkpoint of an import: a file with its progress and a file with the rejected rows, next to the input.
 //!
-//! Each is checked against its digest before an import continues: edited rows are neither skipped nor overwritten.
+//! # Invariants
+//! - Both files are written batch by batch in the order of the input, so that an interrupted import continues where it
+//!   stopped.
+//! - Before an import continues, the input and the rejected rows are checked against their digests: edited rows are
+//!   neither skipped nor overwritten.
 
 use std::{
     fs::{self, File},
@@ -18,25 +21,26 @@ use super::{
     header::CsvHeader,
     send::{BatchResult, RejectedRow},
     source::RowDialect,
-    summary::format_row_count,
     text_reader::FilePosition,
 };
 use crate::{
-    cli::{error::CliError, value_format::shown_path},
+    cli::{
+        error::CliError,
+        value_format::{format_row_count, shown_path},
+    },
     domain::token::HexBytes,
     private_file::{self, append_suffix},
 };
 
-/// How much of a file is read at once.
 const READ_CHUNK_BYTES: usize = 64 * 1024;
 
-/// How far an import came.
+/// How far an import has come, as the progress file stores it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ImportProgress {
-    /// Lines of the file that are done, the header among them.
+    /// Lines of the input that are done, including the header.
     pub(super) lines: u64,
-    /// The bytes that they have.
+    /// Bytes of the input that are done.
     bytes: u64,
     pub(super) imported: u64,
     pub(super) there_already: u64,
@@ -45,28 +49,28 @@ pub(super) struct ImportProgress {
     #[serde(default)]
     pub(super) inactive: u64,
     pub(super) rejected: u64,
-    /// The bytes of the file of rejected rows.
+    /// The size of the file of rejected rows.
     rejected_bytes: u64,
-    /// SHA-256 of the bytes that are done.
+    /// SHA-256 of the input's bytes that are done.
     sha256: String,
     /// SHA-256 of the file of rejected rows.
     rejected_sha256: String,
 }
 
-/// The two files beside an import's file.
+/// The progress and the files that store it.
 #[derive(Debug)]
 pub(super) struct ImportCheckpoint {
     pub(super) progress: ImportProgress,
     file_path: PathBuf,
     progress_path: PathBuf,
     rejected_path: PathBuf,
-    /// What of the import's file is done.
+    /// The part of the input that is done.
     hashed_input: HashedPrefix,
     rejected_file: Option<File>,
     rejected_digest: Sha256,
 }
 
-/// A file's beginning with its SHA-256.
+/// The first bytes of a file, with their SHA-256.
 #[derive(Debug)]
 struct HashedPrefix {
     file: File,
@@ -79,13 +83,13 @@ impl HashedPrefix {
         HashedPrefix { file, bytes: 0, digest: Sha256::new() }
     }
 
-    /// Extends it to this many bytes, or to the file's end if that comes first.
+    /// Extends the prefix to this many bytes, or to the end of the file if that comes first.
     fn extend_to(&mut self, bytes: u64) -> io::Result<()> {
         let mut chunk = vec![0; READ_CHUNK_BYTES];
         while self.bytes < bytes {
-            let wanted = usize::try_from(bytes - self.bytes)
-                .map_or(READ_CHUNK_BYTES, |wanted| wanted.min(READ_CHUNK_BYTES));
-            let read = self.file.read(&mut chunk[..wanted])?;
+            let length = usize::try_from(bytes - self.bytes)
+                .map_or(READ_CHUNK_BYTES, |length| length.min(READ_CHUNK_BYTES));
+            let read = self.file.read(&mut chunk[..length])?;
             if read == 0 {
                 break;
             }
@@ -95,7 +99,7 @@ impl HashedPrefix {
         Ok(())
     }
 
-    /// Whether the file begins with this many bytes that have this SHA-256.
+    /// Whether the file's first `bytes` bytes have this SHA-256.
     fn matches(&mut self, bytes: u64, sha256: &str) -> io::Result<bool> {
         self.extend_to(bytes)?;
         Ok(self.bytes == bytes && hex_digest(&self.digest) == sha256)
@@ -107,10 +111,9 @@ fn hex_digest(digest: &Sha256) -> String {
 }
 
 impl ImportCheckpoint {
-    /// Reads how far an earlier run came, if there was one.
+    /// Loads the progress of an earlier run, if there was one.
     ///
-    /// # Errors
-    /// If one of the files has changed since, or a file of rejected rows is left from an earlier import.
+    /// Fails if one of the files has changed since then, or if a file of rejected rows is left from an earlier import.
     pub(super) fn open(file: &Path, progress_path: Option<PathBuf>) -> Result<ImportCheckpoint, CliError> {
         let progress_path = progress_path.unwrap_or_else(|| append_suffix(file, ".keyward-progress"));
         let done = File::open(file).map_err(|error| read_error(file, &error))?;
@@ -119,7 +122,7 @@ impl ImportCheckpoint {
             Err(error) if error.kind() == ErrorKind::NotFound => (ImportProgress::default(), false),
             Err(error) => return Err(read_error(&progress_path, &error)),
         };
-        let mut journal = ImportCheckpoint {
+        let mut checkpoint = ImportCheckpoint {
             progress,
             file_path: file.to_owned(),
             progress_path,
@@ -129,12 +132,12 @@ impl ImportCheckpoint {
             rejected_digest: Sha256::new(),
         };
         if resumed {
-            journal.check_unchanged()?;
+            checkpoint.check_unchanged()?;
         }
-        journal.reopen_rejected_file(resumed)?;
-        // From now on, a run that ends early is one to continue, however early it ends.
-        journal.save()?;
-        Ok(journal)
+        checkpoint.reopen_rejected_file(resumed)?;
+        // From now on, a run that ends early can be continued.
+        checkpoint.save()?;
+        Ok(checkpoint)
     }
 
     fn check_unchanged(&mut self) -> Result<(), CliError> {
@@ -148,17 +151,17 @@ impl ImportCheckpoint {
             Err(_) => String::new(),
         };
         Err(CliError::new(format!("{file} has changed since {progress} was written")).with_hint(format!(
-            "to import the changed file, remove {progress}{rejected}, and give the same command again; rows that are \
-             imported are counted as there already"
+            "to import the changed file, remove {progress}{rejected}, and repeat the command; rows that are \
+             already imported are counted as such"
         )))
     }
 
-    /// Opens the file of rejected rows if there is one. What was written after the last progress is written again.
+    /// Opens the file of rejected rows, if there is one. Rows that were written after the last saved progress are truncated.
     fn reopen_rejected_file(&mut self, resumed: bool) -> Result<(), CliError> {
         let failed = |error: io::Error| write_error(&self.rejected_path, &error);
         let mut file = match private_file::open_existing(&self.rejected_path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                // It was moved away: the next one begins with a header.
+                // The file was moved away: the next one begins with a header.
                 self.progress.rejected_bytes = 0;
                 return Ok(());
             }
@@ -169,7 +172,7 @@ impl ImportCheckpoint {
             if !resumed && file.metadata().map_err(failed)?.len() > 0 {
                 return Err(self.kept_rejected_error("exists from an earlier import"));
             }
-            // A new file has the mode and the owner of private files.
+            // A new file has the mode and owner of a private file; an existing one may not.
             fs::remove_file(&self.rejected_path).map_err(failed)?;
             return self.create_rejected_file().map(drop);
         }
@@ -186,48 +189,46 @@ impl ImportCheckpoint {
     fn kept_rejected_error(&self, why: &str) -> CliError {
         let rejected = self.rejected_path.display();
         CliError::new(format!("{rejected} {why}; it is not overwritten")).with_hint(format!(
-            "import its rows (keyward keys import {rejected}); to import {} again, move or remove it first",
+            "import its rows (keyward keys import {rejected}); to import {} again, move or remove that file first",
             self.file_path.display()
         ))
     }
 
     fn create_rejected_file(&mut self) -> Result<&mut File, CliError> {
-        // The rows may hold tokens: people put them in the place of digests.
+        // A private file, because rows may hold tokens in place of digests.
         let file = private_file::create_new(&self.rejected_path)
             .map_err(|error| write_error(&self.rejected_path, &error))?;
         self.rejected_digest = Sha256::new();
         Ok(self.rejected_file.insert(file))
     }
 
-    /// Where to continue; none at the beginning.
+    /// Returns where to continue; `None` is the beginning.
     pub(super) fn resume_position(&self) -> Option<FilePosition> {
         let ImportProgress { lines, bytes, .. } = self.progress;
         (bytes > 0).then_some(FilePosition { bytes, lines })
     }
 
-    /// The rows that are done.
+    /// Counts the rows that are done, including skipped and rejected ones.
     pub(super) fn rows_done(&self) -> u64 {
         let ImportProgress { imported, there_already, expired, inactive, rejected, .. } = self.progress;
         imported + there_already + expired + inactive + rejected
     }
 
-    /// How far the import came, for people. Within its first line a file is at line 0.
+    /// Describes the progress for people, without the line as long as the first line is not done.
     pub(super) fn describe_progress(&self) -> String {
         let (rows, lines) = (format_row_count(self.rows_done()), self.progress.lines);
         if lines == 0 { rows } else { format!("{rows} (line {lines})") }
     }
 
-    /// Where the rejected rows are.
     pub(super) fn rejected_path(&self) -> &Path {
         &self.rejected_path
     }
 
-    /// Where the progress is.
     pub(super) fn progress_path(&self) -> &Path {
         &self.progress_path
     }
 
-    /// Records the results of a batch.
+    /// Appends the rejected rows of a batch, then saves the progress.
     pub(super) fn record_batch(&mut self, done: &BatchResult, dialect: &RowDialect) -> Result<(), CliError> {
         if !done.rejected.is_empty() {
             let mut text = String::new();
@@ -255,7 +256,7 @@ impl ImportCheckpoint {
         self.save()
     }
 
-    /// Writes the progress whole or not at all.
+    /// Replaces the progress file atomically.
     fn save(&mut self) -> Result<(), CliError> {
         self.hashed_input
             .extend_to(self.progress.bytes)
@@ -263,8 +264,9 @@ impl ImportCheckpoint {
         self.progress.sha256 = hex_digest(&self.hashed_input.digest);
         self.progress.rejected_sha256 = hex_digest(&self.rejected_digest);
         let text = toml::to_string(&self.progress).unwrap_or_default();
-        let text =
-            format!("# How far this import came. Without this file it begins at the beginning.\n{text}");
+        let text = format!(
+            "# The progress of an import. Without this file, the import starts from the beginning.\n{text}"
+        );
         private_file::replace_content(&self.progress_path, text.as_bytes())
             .map_err(|error| write_error(&self.progress_path, &error))
     }
@@ -272,8 +274,8 @@ impl ImportCheckpoint {
 
 fn parse_progress(text: &str, path: &Path) -> Result<ImportProgress, CliError> {
     toml::from_str(text).map_err(|_| {
-        CliError::new(format!("{} is no progress of an import", shown_path(path)))
-            .with_hint("remove it to begin at the beginning, or name another one: --progress FILE")
+        CliError::new(format!("{} is not the progress file of an import", shown_path(path)))
+            .with_hint("remove it to start from the beginning, or name another file: --progress FILE")
     })
 }
 
@@ -285,8 +287,8 @@ fn write_error(path: &Path, error: &io::Error) -> CliError {
     CliError::new(format!("cannot write {}: {error}", shown_path(path)))
 }
 
-/// A rejected row with what was wrong with it, as the file is written: put right, it can be imported. Objects are
-/// written one a line.
+/// Formats a rejected row and its error in the input's dialect (JSON: one line), so that it can be corrected and
+/// imported.
 fn format_rejected_row(row: &RejectedRow, dialect: &RowDialect) -> String {
     let RejectedRow { line, error, message, raw } = row;
     if let RowDialect::Separated(CsvHeader { separator, .. }) = dialect {
@@ -362,9 +364,9 @@ mod tests {
     fn mended_rejected_rows_are_never_overwritten() {
         let folder = tempfile::tempdir().unwrap();
         let path = file(&folder, "sha256\na\nb\n");
-        let mut journal = ImportCheckpoint::open(&path, None).unwrap();
-        journal.record_batch(&done(2, 9, vec![rejected(2, "a")]), &separated(',', "sha256")).unwrap();
-        let (progress, kept) = (journal.progress_path().to_owned(), journal.rejected_path().to_owned());
+        let mut checkpoint = ImportCheckpoint::open(&path, None).unwrap();
+        checkpoint.record_batch(&done(2, 9, vec![rejected(2, "a")]), &separated(',', "sha256")).unwrap();
+        let (progress, kept) = (checkpoint.progress_path().to_owned(), checkpoint.rejected_path().to_owned());
         for mended in ["sha256\nmended\n".to_owned(), "sha256\nmended\n".repeat(20)] {
             fs::write(&kept, &mended).unwrap();
             for why in ["has changed since it was written", "exists from an earlier import"] {
@@ -375,7 +377,7 @@ mod tests {
             }
             fs::rename(folder.path().join("away"), &progress).unwrap();
         }
-        // Moved away, it is written anew, with its header.
+        // After the file is moved away, the next one gets a header.
         fs::remove_file(&kept).unwrap();
         let mut second = ImportCheckpoint::open(&path, None).unwrap();
         second.record_batch(&done(3, 11, vec![rejected(3, "b")]), &separated(',', "sha256")).unwrap();
@@ -392,17 +394,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let long = format!("sha256\n{}", "a\n".repeat(READ_CHUNK_BYTES));
         let path = file(&folder, &long);
-        let mut journal = ImportCheckpoint::open(&path, None).unwrap();
+        let mut checkpoint = ImportCheckpoint::open(&path, None).unwrap();
         let end = long.len() as u64;
-        journal.record_batch(&done(9, end, Vec::new()), &separated(',', "sha256")).unwrap();
+        checkpoint.record_batch(&done(9, end, Vec::new()), &separated(',', "sha256")).unwrap();
         file(&folder, &(long[..long.len() - 2].to_owned() + "b\n"));
         let error = ImportCheckpoint::open(&path, None).unwrap_err().to_string();
         assert!(error.contains("has changed since"), "the last row too: {error}");
-        fs::remove_file(journal.progress_path()).unwrap();
+        fs::remove_file(checkpoint.progress_path()).unwrap();
 
         file(&folder, "sha256\na\nb\n");
-        let mut journal = ImportCheckpoint::open(&path, None).unwrap();
-        journal.record_batch(&done(2, 9, Vec::new()), &separated(',', "sha256")).unwrap();
+        let mut checkpoint = ImportCheckpoint::open(&path, None).unwrap();
+        checkpoint.record_batch(&done(2, 9, Vec::new()), &separated(',', "sha256")).unwrap();
         for other in ["sha256\nx\nb\n", "sha256\n"] {
             file(&folder, other);
             let error = ImportCheckpoint::open(&path, None).unwrap_err().to_string();
@@ -412,16 +414,21 @@ mod tests {
         assert!(ImportCheckpoint::open(&path, None).is_ok(), "a file may grow");
         fs::write(append_suffix(&path, ".keyward-progress"), "nonsense").unwrap();
         assert!(
-            ImportCheckpoint::open(&path, None).unwrap_err().to_string().contains("no progress of an import")
+            ImportCheckpoint::open(&path, None)
+                .unwrap_err()
+                .to_string()
+                .contains("is not the progress file of an import")
         );
     }
 
     #[test]
     fn rejected_rows_are_separated_as_their_file_is() {
         let folder = tempfile::tempdir().unwrap();
-        let mut journal = ImportCheckpoint::open(&file(&folder, "sha256;name\na;b\n"), None).unwrap();
-        journal.record_batch(&done(2, 16, vec![rejected(2, "a;b")]), &separated(';', "sha256;name")).unwrap();
-        let text = fs::read_to_string(journal.rejected_path()).unwrap();
+        let mut checkpoint = ImportCheckpoint::open(&file(&folder, "sha256;name\na;b\n"), None).unwrap();
+        checkpoint
+            .record_batch(&done(2, 16, vec![rejected(2, "a;b")]), &separated(';', "sha256;name"))
+            .unwrap();
+        let text = fs::read_to_string(checkpoint.rejected_path()).unwrap();
         let row = "2;INVALID_REQUEST;\"scopes: \"\"x\"\", no\";a;b\n";
         assert_eq!(text, format!("line;error;message;sha256;name\n{row}"));
     }
@@ -430,8 +437,8 @@ mod tests {
     fn an_import_of_one_line_goes_on_within_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = file(&folder, "[{},{}]");
-        let mut journal = ImportCheckpoint::open(&path, None).unwrap();
-        journal.record_batch(&done(0, 3, Vec::new()), &RowDialect::Json(JsonLayout::Array)).unwrap();
+        let mut checkpoint = ImportCheckpoint::open(&path, None).unwrap();
+        checkpoint.record_batch(&done(0, 3, Vec::new()), &RowDialect::Json(JsonLayout::Array)).unwrap();
         assert_eq!(
             ImportCheckpoint::open(&path, None).unwrap().resume_position(),
             Some(FilePosition { bytes: 3, lines: 0 })

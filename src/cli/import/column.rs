@@ -1,4 +1,4 @@
-//! The columns of an import: what they are, the names that a file may use for them, and the flags that say more.
+//! The columns of an import: their names in a file, and the flags that map other names to them.
 
 use clap::Args;
 
@@ -22,19 +22,19 @@ pub(super) enum ImportColumn {
     Sha256,
     Hint,
     EntropyBits,
-    /// Whether the key works.
+    /// A boolean: whether the key works.
     Active,
-    /// Whether the key does not work.
+    /// A boolean: whether the key is revoked or disabled.
     Inactive,
-    /// Since when the key does not work; empty if it does.
+    /// The instant since which the key has not worked; empty if it works.
     InactiveSince,
-    /// Left out. Rejected rows have such columns, so that a file of them can be put right and imported.
+    /// A column that is not read. Files of rejected rows have some, so that they can be corrected and imported.
     Ignored,
-    /// A column without a name, as spreadsheets add them: it must be empty.
+    /// A column without a name, as spreadsheets add them. It must be empty.
     Unnamed,
 }
 
-/// The names that a file may use, as `--help` lists them.
+/// The names that a file may use. `--help` lists all but the ignored ones.
 pub(super) const COLUMN_NAMES: [(&str, ImportColumn); 24] = [
     ("account", ImportColumn::Account),
     ("user", ImportColumn::User),
@@ -63,25 +63,24 @@ pub(super) const COLUMN_NAMES: [(&str, ImportColumn); 24] = [
 ];
 
 impl ImportColumn {
-    /// The column with this name, however it is spelt: `expires_at`, `Expires At`, `expiresAt`.
+    /// Finds the column with this name in any spelling: `expires_at`, `Expires At`, `expiresAt`.
     pub(super) fn parse(name: &str) -> Option<ImportColumn> {
         let name = normalize_name(name);
-        COLUMN_NAMES.iter().find(|(known, _)| normalize_name(known) == name).map(|(_, column)| *column)
+        COLUMN_NAMES.iter().find(|(column, _)| normalize_name(column) == name).map(|(_, column)| *column)
     }
 
-    /// The names for an error message.
+    /// Joins the names, without the ignored ones, for an error message.
     pub(super) fn list_names() -> String {
         let names =
             COLUMN_NAMES.iter().filter(|(_, column)| *column != ImportColumn::Ignored).map(|(name, _)| *name);
         names.collect::<Vec<_>>().join(", ")
     }
 
-    /// Its first name.
     pub(super) fn first_name(self) -> &'static str {
         COLUMN_NAMES.iter().find(|(_, column)| *column == self).map_or("", |(name, _)| *name)
     }
 
-    /// Whether a file may have more than one of it.
+    /// Whether a file may have several such columns.
     pub(super) fn may_repeat(self) -> bool {
         use ImportColumn::{Active, Ignored, Inactive, InactiveSince, Unnamed};
         matches!(self, Active | Inactive | InactiveSince | Ignored | Unnamed)
@@ -98,32 +97,32 @@ impl ImportColumn {
     }
 }
 
-/// A column's name without case, blanks and punctuation.
+/// Removes case, blanks and punctuation from a column's name.
 fn normalize_name(name: &str) -> String {
     name.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
 }
 
-/// Which of the file's columns mean what, beyond what their names say.
+/// Flags that map the file's column names to columns.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Columns with other names")]
 pub(super) struct ColumnNameArgs {
-    /// Read the file's column THEIRS as the column OURS (repeatable)
+    /// Use the file's column THEIRS as the column OURS (repeatable)
     #[arg(long = "rename", value_name = "THEIRS=OURS", value_parser = parse_renaming)]
     renamed: Vec<(String, ImportColumn)>,
-    /// Leave out the file's column NAME (repeatable)
+    /// Ignore the file's column NAME (repeatable)
     #[arg(long = "ignore", value_name = "NAME")]
     ignored: Vec<String>,
 }
 
 impl ColumnNameArgs {
-    /// The flags as they are written, each with the file's column that it names.
+    /// Returns the flags as a user writes them, each with the file's column that it names.
     pub(super) fn flags(&self) -> Vec<(String, &str)> {
         let renamed = self.renamed.iter().map(|(theirs, _)| (format!("--rename {theirs}"), theirs.as_str()));
         let ignored = self.ignored.iter().map(|name| (format!("--ignore {name}"), name.as_str()));
         renamed.chain(ignored).collect()
     }
 
-    /// What a column of the file is.
+    /// Returns the column that a name in the file means.
     pub(super) fn resolve(&self, name: &str) -> Option<ImportColumn> {
         let is = |other: &str| is_same_name(name, other);
         if name.trim().is_empty() {
@@ -137,7 +136,7 @@ impl ColumnNameArgs {
     }
 }
 
-/// Whether two names of columns are one, however they are spelt.
+/// Whether two column names differ only in spelling.
 pub(super) fn is_same_name(one: &str, other: &str) -> bool {
     let spelt = normalize_name(one);
     one.trim() == other.trim() || !spelt.is_empty() && spelt == normalize_name(other)
@@ -147,7 +146,7 @@ fn parse_renaming(text: &str) -> Result<(String, ImportColumn), String> {
     let (theirs, ours) =
         parse_name_value(text).map_err(|_| "write THEIRS=OURS, such as key_hash=sha256".to_owned())?;
     let column = ImportColumn::parse(&ours)
-        .ok_or_else(|| format!("{ours:?} is no column; the columns are {}", ImportColumn::list_names()))?;
+        .ok_or_else(|| format!("{ours:?} is not a column; the columns are {}", ImportColumn::list_names()))?;
     Ok((theirs, column))
 }
 

@@ -1,30 +1,28 @@
-//! Rows of separated values as RFC 4180 describes them, whatever separates the fields. Fields may be in quotes, and then
-//! hold separators, line ends and doubled quotes. Lines end in LF, CR LF or CR; rows whose fields are all blank are
+//! Parses rows of separated values (RFC 4180) with any separator.
+//!
+//! Quoted fields may contain separators, line ends and doubled quotes. Lines end in LF, CR LF or CR. Blank rows are
 //! skipped.
 //!
-//! A row that breaks the rules ends at the end of its first line, so that a stray quote costs one row and not the rest
-//! of the file. That is why this is not the csv crate: it has no rule for a stray quote, reads an open one to the file's
-//! end, without a bound, and keeps neither the text of a row, which a rejected one is written with, nor the place where
-//! reading could continue behind a broken one.
+//! A malformed row ends at the end of its first line, so that a stray quote costs one row and not the rest of the file.
+//! The csv crate cannot do that: it reads an open quote to the end of the file, without a bound. It also keeps neither the
+//! raw text of a row, which rejected rows need, nor the position after a malformed row.
 
 use std::io::{self, Read, Seek};
 
 use super::text_reader::{FilePosition, LineOutcome, TextReader, trim_line_end};
 
-const ERR_STRAY_QUOTE: &str =
-    "a quote is inside a field; put the field in quotes and double the quotes in it";
+const ERR_STRAY_QUOTE: &str = "a field contains a quote; put the field in quotes and double the quotes in it";
 const ERR_UNCLOSED_QUOTE: &str = "a field's quotes are not closed";
 const ERR_ROW_TOO_LONG: &str = "the row is longer than 1 MiB";
 const ERR_ROW_NOT_TEXT: &str = "the row is not text in the file's encoding";
 
-/// A row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct CsvRecord {
-    /// The line on which it begins, from 1.
+    /// The number of the row's first line, from 1.
     pub(super) line: u64,
-    /// As it is in the file, without the last line end.
+    /// The row's text in the file, without the last line end.
     pub(super) raw: String,
-    /// The fields, or why there are none.
+    /// The fields, or why the row is malformed.
     pub(super) fields: Result<Vec<String>, &'static str>,
 }
 
@@ -74,11 +72,11 @@ fn read_record<R: Read + Seek>(text: &mut TextReader<R>, separator: char) -> io:
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum CsvState {
-    /// Before the first character of a field.
+    /// Before a field's first character.
     FieldStart,
     Unquoted,
     Quoted,
-    /// After a quote inside quotes: their end, or the first of two.
+    /// After a quote in a quoted field: the end of the field, or the first of two quotes.
     QuoteInQuoted,
 }
 
@@ -95,7 +93,7 @@ impl CsvParser {
         CsvParser { separator, state: CsvState::FieldStart, field: String::new(), fields: Vec::new() }
     }
 
-    /// Takes a line; true if the row ends with it.
+    /// Parses a line; returns whether the row ends with it.
     fn push_line(&mut self, line: &str) -> Result<bool, &'static str> {
         let text = trim_line_end(line);
         text.chars().try_for_each(|character| self.push_char(character))?;
@@ -132,7 +130,7 @@ impl CsvParser {
     }
 }
 
-/// A field as it is written: in quotes where it needs them.
+/// Formats a field, in quotes if it needs them.
 pub(super) fn quote_field(text: &str, separator: char) -> String {
     if text.contains(['"', '\n', '\r', separator]) {
         return format!("\"{}\"", text.replace('"', "\"\""));

@@ -1,5 +1,6 @@
-//! What the columns of a file are: the header of a CSV file with its separator, the field names of a JSON file. Without
-//! all of them understood, nothing is imported.
+//! Maps the names in a file to columns: the header of a CSV file, with its separator, or the field names of JSON objects.
+//!
+//! A file with an unknown name is refused before anything is imported.
 
 use std::{
     collections::HashSet,
@@ -16,26 +17,25 @@ use super::{
 };
 use crate::cli::error::CliError;
 
-/// What may separate fields; the first under which the most names are understood does.
+/// Possible separators. The one with which the header has the most known names is used, or else the first of them.
 const SEPARATORS: [char; 4] = [',', ';', '\t', '|'];
-/// A longer name is no name.
+/// Longer text in a header is not a column's name.
 const MAX_NAME_BYTES: usize = 64;
 /// How many checked names are remembered, and how many unknown ones are reported.
 const MAX_REMEMBERED_NAMES: usize = 1_000;
 const MAX_REPORTED_NAMES: usize = 20;
 
-/// The header of a CSV file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct CsvHeader {
-    /// As it is in the file.
+    /// The header's text in the file.
     pub(super) raw: String,
     pub(super) separator: char,
-    /// The columns, with their names in the file.
+    /// The columns with their names in the file.
     pub(super) columns: Vec<(String, ImportColumn)>,
 }
 
 impl CsvHeader {
-    /// Reads the header. The rows come next.
+    /// Reads the header and leaves the reader at the first row.
     pub(super) fn read_from<R: Read + Seek>(
         text: &mut TextReader<R>,
         names: &ColumnNameArgs,
@@ -50,9 +50,9 @@ impl CsvHeader {
             text.seek_to(start)?;
             let record = csv_rows::next_record(text, separator)?;
             let fields = record.and_then(|record| record.fields.ok()).unwrap_or_default();
-            let known = fields.iter().filter(|name| is_known_column(name, names)).count();
-            if best.is_none_or(|(most, _)| known > most) {
-                best = Some((known, separator));
+            let count = fields.iter().filter(|name| is_known_column(name, names)).count();
+            if best.is_none_or(|(best_count, _)| count > best_count) {
+                best = Some((count, separator));
             }
         }
         let separator = best.map_or(',', |(_, separator)| separator);
@@ -65,7 +65,7 @@ impl CsvHeader {
     }
 }
 
-/// The separator that the line `sep=;` names, which Excel writes and reads before the header.
+/// Reads the separator from the line `sep=;`, which Excel writes before the header.
 fn read_separator_line<R: Read + Seek>(text: &mut TextReader<R>) -> io::Result<Option<char>> {
     let (start, mut first) = (text.position(), String::new());
     let read = text.read_line(&mut first)?;
@@ -81,12 +81,12 @@ fn read_separator_line<R: Read + Seek>(text: &mut TextReader<R>) -> io::Result<O
     }
 }
 
-/// Checks the names of a file's columns, and that the flags name some of them.
+/// Checks that all column names of a file are known, and finds flags that name none of them.
 pub(super) struct ColumnNameCheck<'a> {
     columns: &'a ColumnNameArgs,
     seen_names: HashSet<String>,
     unknown_names: Vec<String>,
-    /// The flags that name none of the columns so far, each with its name.
+    /// The flags that match none of the names so far, each with the name that it expects.
     unused_flags: Vec<(String, &'a str)>,
 }
 
@@ -114,10 +114,7 @@ impl<'a> ColumnNameCheck<'a> {
         }
     }
 
-    /// The flags that name no column.
-    ///
-    /// # Errors
-    /// If a column is unknown.
+    /// Returns the flags that name no column of the file, or an error if a column is unknown.
     pub(super) fn unused_flags(self) -> Result<Vec<String>, CliError> {
         if !self.unknown_names.is_empty() {
             return Err(unknown_columns_error(&self.unknown_names.iter().collect::<Vec<_>>()));
@@ -125,14 +122,14 @@ impl<'a> ColumnNameCheck<'a> {
         Ok(self.unused_flags.into_iter().map(|(flag, _)| flag).collect())
     }
 
-    /// Refuses flags that name no column, too.
+    /// Like [`Self::unused_flags`], but such flags are an error.
     pub(super) fn require_all_used(self) -> Result<(), CliError> {
         let unused = self.unused_flags()?;
         if unused.is_empty() {
             return Ok(());
         }
-        Err(CliError::new(format!("the file has no column of {}", unused.join(" and ")))
-            .with_hint("look for typos; nothing was imported"))
+        Err(CliError::new(format!("the file has no column for {}", unused.join(" and ")))
+            .with_hint("check for typos; nothing was imported"))
     }
 }
 
@@ -142,8 +139,8 @@ pub(super) fn check_json_fields(fields: &JsonFields, names: &ColumnNameArgs) -> 
         value.as_array().is_some_and(|elements| elements.first().is_some_and(Value::is_object))
     };
     if fields.0.iter().any(|(_, value)| holds_objects(value)) {
-        return Err(CliError::new("the file is an object around the array of keys, not the array")
-            .with_hint("take the array out of it first, such as with jq .data keys.json"));
+        return Err(CliError::new("the file is an object that contains the array of keys, not the array")
+            .with_hint("extract the array first, for example with jq .data keys.json"));
     }
     let names_in_file = fields.0.iter().map(|(name, _)| name.clone()).collect();
     resolve_columns(names_in_file, names).map(drop)
@@ -158,8 +155,8 @@ fn resolve_columns(
     names: &ColumnNameArgs,
 ) -> Result<Vec<(String, ImportColumn)>, CliError> {
     if !names_in_file.iter().any(|name| is_known_column(name, names)) {
-        // Not the names themselves: a file without a header begins with a row.
-        return Err(columns_error("it names no columns"));
+        // The error does not repeat the names: without a header they are the values of a row.
+        return Err(columns_error("the first row names no columns"));
     }
     let unknown: Vec<&String> = names_in_file.iter().filter(|name| names.resolve(name).is_none()).collect();
     if !unknown.is_empty() {
@@ -192,7 +189,7 @@ fn unknown_columns_error(unknown: &[&String]) -> CliError {
     let listed = unknown.iter().map(|name| format!("{:?}", name.trim())).collect::<Vec<_>>().join(", ");
     let what = if unknown.len() == 1 { "unknown column" } else { "unknown columns" };
     let hint = format!(
-        "--ignore NAME leaves a column out, --rename THEIRS=OURS gives it its name; the columns are {}",
+        "--ignore NAME skips a column, --rename THEIRS=OURS renames it; the columns are {}",
         ImportColumn::list_names()
     );
     columns_error(&format!("{what} {listed}")).with_hint(hint)
@@ -234,7 +231,7 @@ mod tests {
             ("id;sha256;scope\n", "unknown columns \"id\", \"scope\""),
             ("name,account\n", "sha256 is missing"),
             ("sha256,Name,name\n", "\"Name\" and \"name\" are the same"),
-            ("sk_live_not-a-name,x\n", "it names no columns"),
+            ("sk_live_not-a-name,x\n", "the first row names no columns"),
             ("sha256,\"name\n", "quotes are not closed"),
         ] {
             let error = read(file, &[]).unwrap_err();
@@ -267,7 +264,7 @@ mod tests {
             );
         }
         let error = read("sep=;\nsha256,name\n", &[]).unwrap_err();
-        assert!(error.contains("it names no columns"), "{error}");
+        assert!(error.contains("the first row names no columns"), "{error}");
     }
 
     #[test]
@@ -295,7 +292,7 @@ mod tests {
         assert_eq!(check(&["--rename", "key_hash=hint"]), Ok(()));
         let error =
             check(&["--ignore", "key-hash", "--rename", "nosuch=hint", "--ignore", "id"]).unwrap_err();
-        assert!(error.contains("no column of --rename nosuch and --ignore id"), "{error}");
+        assert!(error.contains("no column for --rename nosuch and --ignore id"), "{error}");
     }
 
     #[test]
@@ -320,6 +317,6 @@ mod tests {
         assert!(error.contains("unknown column \"id\"") && error.contains("--ignore"), "{error}");
         let wrapped = JsonFields(vec![("data".to_owned(), json!([{ "sha256": "ab" }]))]);
         let error = check_json_fields(&wrapped, &names(&[])).unwrap_err().to_string();
-        assert!(error.contains("an object around the array") && error.contains("jq"), "{error}");
+        assert!(error.contains("an object that contains the array") && error.contains("jq"), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! JSON files: an object on each line, one array of objects, or objects one after the other over many lines.
+//! Reads the objects of JSON files: one object per line, one array of objects, or a sequence of objects over many lines.
 
 use std::{
     fmt,
@@ -15,31 +15,30 @@ use super::text_reader::{LineOutcome, MAX_ROW_BYTES, TextReader, trim_line_end};
 
 const ERR_OBJECT_TOO_LONG: &str = "the object is longer than 1 MiB";
 const ERR_OBJECT_NOT_TEXT: &str = "the object is not text in the file's encoding";
-const ERR_NOT_AN_OBJECT: &str = "is no JSON object";
+const ERR_NOT_AN_OBJECT: &str = "is not a JSON object";
 
 /// How objects are laid out in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum JsonLayout {
-    /// An object on each line. A line that is none costs no other.
+    /// One object per line. A malformed line does not affect others.
     Lines,
-    /// The elements of one array.
+    /// One array, whose elements are the objects.
     Array,
-    /// One after the other, each over many lines.
+    /// Objects one after the other, each over many lines.
     Sequence,
 }
 
-/// An object, read or not.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct JsonObject {
-    /// The line on which it begins, from 1.
+    /// The number of the object's first line, from 1.
     pub(super) line: u64,
-    /// As it is in the file.
+    /// The object's text in the file.
     pub(super) raw: String,
-    /// Its fields, or why there are none.
+    /// The fields, or why the object is malformed.
     pub(super) fields: Result<JsonFields, &'static str>,
 }
 
-/// The fields of an object in their order, those with the same name too.
+/// The fields of an object in their order, including repeated names.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct JsonFields(pub(super) Vec<(String, Value)>);
 
@@ -66,7 +65,7 @@ impl<'de> Deserialize<'de> for JsonFields {
 }
 
 impl JsonLayout {
-    /// The layout of a file that is at its beginning. An array's bracket is read with it.
+    /// Detects the layout at the beginning of a file. The opening bracket of an array is consumed.
     pub(super) fn detect<R: Read + Seek>(text: &mut TextReader<R>) -> io::Result<JsonLayout> {
         let start = text.position();
         skip_chars(text, is_blank)?;
@@ -77,12 +76,11 @@ impl JsonLayout {
         let mut first = String::new();
         text.read_line(&mut first)?;
         text.seek_to(start)?;
-        // Only an object that goes on in the next line ends too early.
+        // Only an object that continues on the next line ends too early.
         let continues = serde_json::from_str::<JsonFields>(&first).is_err_and(|error| error.is_eof());
         Ok(if continues && first.starts_with('{') { JsonLayout::Sequence } else { JsonLayout::Lines })
     }
 
-    /// Reads the next object.
     pub(super) fn next_object<R: Read + Seek>(
         self,
         text: &mut TextReader<R>,
@@ -114,13 +112,13 @@ fn next_line<R: Read + Seek>(text: &mut TextReader<R>) -> io::Result<Option<Json
     }
 }
 
-/// Reads the value up to its closing bracket, or up to what separates it from the next.
+/// Reads a value up to its closing bracket, or up to the separator before the next value.
 fn next_value<R: Read + Seek>(text: &mut TextReader<R>, in_array: bool) -> io::Result<Option<JsonObject>> {
     skip_chars(text, |character| is_blank(character) || in_array && character == ',')?;
     let line = text.position().lines + 1;
     let (mut bytes, mut value, mut whole) = (Vec::new(), JsonNesting::default(), true);
     while let Some(unit) = text.peek_unit()? {
-        // What is not ASCII is text within a string.
+        // Characters outside of ASCII occur only within strings.
         let character = char::from_u32(unit.into()).filter(char::is_ascii).unwrap_or('\u{fffd}');
         if value.is_ended_before(character) {
             break;
@@ -147,8 +145,7 @@ fn next_value<R: Read + Seek>(text: &mut TextReader<R>, in_array: bool) -> io::R
     Ok(Some(JsonObject { line, raw: raw.flatten().unwrap_or_default(), fields }))
 }
 
-/// Moves past what follows a value, the end of the array too, so that the lines are counted which hold nothing else. A file
-/// may end without a line end.
+/// Skips separators and the end of the array after a value, so that lines without a value are counted.
 fn take_separators<R: Read + Seek>(text: &mut TextReader<R>, in_array: bool) -> io::Result<()> {
     let mut is_in_line = true;
     while let Some(unit) = text.peek_unit()? {
@@ -165,7 +162,7 @@ fn take_separators<R: Read + Seek>(text: &mut TextReader<R>, in_array: bool) -> 
     Ok(())
 }
 
-/// Where in a JSON value reading is.
+/// The state of a scan through a JSON value.
 #[derive(Debug, Default)]
 struct JsonNesting {
     depth: usize,
@@ -174,12 +171,12 @@ struct JsonNesting {
 }
 
 impl JsonNesting {
-    /// Whether the value has ended before this character, which is none of it.
+    /// Whether this character is after the end of the value.
     fn is_ended_before(&self, character: char) -> bool {
         self.depth == 0 && !self.in_string && (matches!(character, ',' | ']') || is_blank(character))
     }
 
-    /// Takes a character of the value; whether the value ends with it.
+    /// Scans a character; returns whether the value ends with it.
     fn push_char(&mut self, character: char) -> bool {
         if self.in_string {
             let ends = character == '"' && !self.escaped;
@@ -256,14 +253,14 @@ mod tests {
     #[test]
     fn a_line_that_is_no_object_costs_no_other() {
         let read = objects(b"{\"a\":1}\n\n[1]\nnonsense\n{\"b\":2}", None);
-        let told: Vec<_> = read.iter().map(|(object, _)| (object.line, object.fields.is_ok())).collect();
-        assert_eq!(told, [(1, true), (3, false), (4, false), (5, true)]);
+        let actual: Vec<_> = read.iter().map(|(object, _)| (object.line, object.fields.is_ok())).collect();
+        assert_eq!(actual, [(1, true), (3, false), (4, false), (5, true)]);
     }
 
     #[test]
     fn elements_of_an_array_that_are_no_objects_cost_no_other() {
         let read = objects(b"[1, \"],{\", [2], {\"a\": \"}\\\"]\"} ,null]", None);
-        let told: Vec<_> =
+        let actual: Vec<_> =
             read.iter().map(|(object, _)| (object.raw.as_str(), object.fields.is_ok())).collect();
         let expected = [
             ("1", false),
@@ -272,7 +269,7 @@ mod tests {
             ("{\"a\": \"}\\\"]\"}", true),
             ("null", false),
         ];
-        assert_eq!(told, expected);
+        assert_eq!(actual, expected);
         let long = format!("[{{\"a\":\"{}\"}},{{}}]", "x".repeat(MAX_ROW_BYTES));
         let read = objects(long.as_bytes(), None);
         assert_eq!((&read[0].0.fields, read[1].0.fields.is_ok()), (&Err(ERR_OBJECT_TOO_LONG), true));

@@ -1,5 +1,6 @@
-//! Looks through an import's file before anything is sent, so that a file that is no text, or no JSON, is refused once and
-//! as a whole.
+//! Checks a whole file before anything is imported, so that binary files and broken JSON are refused at once.
+//!
+//! Not here: errors of single rows, which do not stop an import.
 
 use std::io::{self, BufReader, ErrorKind, Read, Seek, SeekFrom};
 
@@ -9,21 +10,20 @@ use serde::de::IgnoredAny;
 use super::text_reader::TextReader;
 use crate::cli::error::CliError;
 
-/// Room for decoded text. A decoder needs a few bytes at least.
+/// The size of the buffer for decoded text. A decoder needs at least a few bytes.
 const DECODE_BUFFER_BYTES: usize = 16 * 1024;
 
-/// What JSON a file must be.
+/// The JSON syntax that a whole file must have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WholeFileSyntax {
-    /// None: rows are judged one by one.
+    /// None, because each row is checked separately.
     Rows,
-    /// One JSON value.
     JsonValue,
-    /// JSON values one after the other.
+    /// A sequence of JSON values without separators.
     JsonValues,
 }
 
-/// Reads a whole file and says what makes it unusable: bytes that are no text, zeros, broken JSON.
+/// Reads a whole file and refuses it if it has bytes that are not text, zero bytes or broken JSON.
 pub(super) fn precheck_file(
     mut input: impl Read + Seek,
     named: Option<&'static Encoding>,
@@ -43,16 +43,16 @@ pub(super) fn precheck_file(
     };
     read.map_err(|error| match error.downcast::<TextDecodeError>() {
         Ok(problem) => problem.into(),
-        // Of serde_json, whose messages name line and column and repeat no text.
+        // An error of serde_json, which names line and column and repeats no text.
         Err(error) if syntax != WholeFileSyntax::Rows => {
             CliError::new(format!("the file is not valid JSON: {error}"))
-                .with_hint("nothing was imported; mend the file and give the same command again")
+                .with_hint("nothing was imported; correct the file and repeat the command")
         }
         Err(error) => CliError::from(error),
     })
 }
 
-/// Refuses files that people take for text by their name.
+/// Refuses workbooks and compressed files, which people often mistake for text.
 fn refuse_binary_formats(mut input: impl Read + Seek) -> Result<(), CliError> {
     let mut beginning = [0; 4];
     input.seek(SeekFrom::Start(0))?;
@@ -68,12 +68,12 @@ fn refuse_binary_formats(mut input: impl Read + Seek) -> Result<(), CliError> {
     Err(CliError::new(format!("the file is {what}, not CSV or JSON")).with_hint(fix))
 }
 
-/// Why a file is no text.
+/// Why a file is not text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 enum TextDecodeError {
     #[error("line {line} is not {encoding}")]
     Undecodable { line: u64, encoding: &'static str },
-    #[error("line {line} holds a zero byte: the file is damaged, or no text")]
+    #[error("line {line} has a zero byte: the file is damaged, or not text")]
     ZeroByte { line: u64 },
 }
 
@@ -93,13 +93,13 @@ impl From<TextDecodeError> for CliError {
     }
 }
 
-/// Reads a file as UTF-8, whatever its encoding.
+/// Reads a file in any encoding as UTF-8.
 struct Utf8Reader<R> {
     text: TextReader<R>,
     decoder: Decoder,
-    /// A decoder must not be asked again once it has finished.
+    /// A decoder must not be called again after it has finished.
     decoder_finished: bool,
-    /// The line that is being read, from 1.
+    /// The number of the current line, from 1.
     line: u64,
     after_carriage_return: bool,
 }
@@ -111,7 +111,7 @@ impl<R: Read + Seek> Utf8Reader<R> {
         Ok(Utf8Reader { text, decoder, decoder_finished: false, line: 1, after_carriage_return: false })
     }
 
-    /// Counts the lines of what was decoded; fails at a zero.
+    /// Counts the lines of decoded text; fails at a zero byte.
     fn scan_text(&mut self, text: &[u8]) -> Result<(), TextDecodeError> {
         for byte in text {
             match byte {
@@ -127,14 +127,14 @@ impl<R: Read + Seek> Utf8Reader<R> {
 }
 
 impl<R: Read + Seek> Read for Utf8Reader<R> {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while !self.decoder_finished {
             let source = self.text.fill_and_peek(1)?;
             let is_end = source.is_empty();
             let (result, read, written) =
-                self.decoder.decode_to_utf8_without_replacement(source, room, is_end);
+                self.decoder.decode_to_utf8_without_replacement(source, buffer, is_end);
             self.text.consume(read);
-            self.scan_text(&room[..written])
+            self.scan_text(&buffer[..written])
                 .map_err(|problem| io::Error::new(ErrorKind::InvalidData, problem))?;
             match result {
                 DecoderResult::Malformed(..) => {
@@ -142,7 +142,7 @@ impl<R: Read + Seek> Read for Utf8Reader<R> {
                     let problem = TextDecodeError::Undecodable { line: self.line, encoding };
                     return Err(io::Error::new(ErrorKind::InvalidData, problem));
                 }
-                // A character may reach into what is not read yet.
+                // A character may continue in bytes that are not read yet.
                 DecoderResult::InputEmpty if written == 0 && !is_end => {}
                 DecoderResult::InputEmpty => {
                     self.decoder_finished = is_end;
@@ -170,21 +170,24 @@ mod tests {
     #[test]
     fn a_file_in_an_old_encoding_is_refused_once_with_its_line_and_the_flag_that_reads_it() {
         let file = [b"sha256,name\r\nab,caf\xe9\r\n".to_vec(), b"ab,caf\xe9\r\n".repeat(100_000)].concat();
-        let told = problem(&file, None, WholeFileSyntax::Rows).unwrap();
-        assert!(told.contains("line 2 is not UTF-8") && told.contains("--encoding windows-1252"), "{told}");
+        let message = problem(&file, None, WholeFileSyntax::Rows).unwrap();
+        assert!(
+            message.contains("line 2 is not UTF-8") && message.contains("--encoding windows-1252"),
+            "{message}"
+        );
         assert_eq!(problem(&file, Some(WINDOWS_1252), WholeFileSyntax::Rows), None);
     }
 
     #[test]
     fn zeros_workbooks_and_archives_are_refused_by_what_they_are() {
-        for (file, said) in [
-            (&b"sha256\nab\n\0\0\0\0"[..], "line 3 holds a zero byte"),
+        for (file, expected) in [
+            (&b"sha256\nab\n\0\0\0\0"[..], "line 3 has a zero byte"),
             (b"PK\x03\x04rest", "Excel workbook"),
             (b"\xd0\xcf\x11\xe0rest", "old Excel workbook"),
             (b"\x1f\x8b\x08rest", "gunzip"),
         ] {
-            let told = problem(file, None, WholeFileSyntax::Rows).unwrap();
-            assert!(told.contains(said), "{told}");
+            let message = problem(file, None, WholeFileSyntax::Rows).unwrap();
+            assert!(message.contains(expected), "{message}");
         }
         for good in [&b""[..], b"a", b"PK", &encoded("a,\u{e9}\n", UTF_16LE)] {
             assert_eq!(problem(good, None, WholeFileSyntax::Rows), None, "{good:?}");
@@ -193,8 +196,9 @@ mod tests {
 
     #[test]
     fn broken_json_is_refused_once_with_its_place_and_without_its_text() {
-        let told = problem(b"[\n{\"a\": 1},\n{\"kw_secret\"}\n]", None, WholeFileSyntax::JsonValue).unwrap();
-        assert!(told.contains("line 3 column") && !told.contains("kw_secret"), "{told}");
+        let message =
+            problem(b"[\n{\"a\": 1},\n{\"kw_secret\"}\n]", None, WholeFileSyntax::JsonValue).unwrap();
+        assert!(message.contains("line 3 column") && !message.contains("kw_secret"), "{message}");
         assert!(
             problem(b"[{}] x", None, WholeFileSyntax::JsonValue).unwrap().contains("trailing characters")
         );

@@ -1,6 +1,6 @@
-//! One row of an import: its columns read into the key that the request holds, and what it lacks filled in.
+//! Converts one row of an import to the key in the request, with defaults for empty columns.
 //!
-//! No message here repeats a value: a file that holds tokens by mistake must not spread them.
+//! Error messages never repeat a value, because a file may hold tokens by mistake.
 
 use std::collections::BTreeMap;
 
@@ -20,14 +20,14 @@ use crate::{
     pb,
 };
 
-/// Why a row gives no key.
+/// Why a row is not sent to the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum RowSkipReason {
-    /// It cannot be read: what is wrong, and where.
+    /// The row is malformed; the text names the column and the problem.
     Unreadable(String),
-    /// The key has expired.
+    /// The row's key has expired.
     Expired,
-    /// The key is revoked or disabled.
+    /// The row's key is revoked or disabled.
     Inactive,
 }
 
@@ -37,25 +37,25 @@ impl From<String> for RowSkipReason {
     }
 }
 
-const ERR_STILL_ACTIVE: &str = "revoked_at or disabled_at: is in the future, so the key still works; write the instant as \
+const ERR_STILL_ACTIVE: &str = "revoked_at or disabled_at: is in the future, so the key still works; use the column \
                            expires_at";
 
-/// A row on its way to become a key.
+/// A key under construction from the columns of a row.
 #[derive(Debug, Default)]
 pub(super) struct KeyDraft {
     key: pb::ImportKey,
-    /// Whether the row says when the key ends, be it never.
+    /// Whether the row has an expiry, `never` included.
     has_expiry: bool,
-    /// Whether the row says that the key does not work.
+    /// Whether the row marks the key as revoked or disabled.
     is_inactive: bool,
-    /// The instant at which the key stops working, which may lie in the future; the latest of several.
+    /// The latest instant at which the key stops working; it may be in the future.
     inactive_since: Option<prost_types::Timestamp>,
-    /// The lists that the row says are empty.
+    /// The lists that are explicitly empty in the row.
     empty_lists: Vec<ImportColumn>,
 }
 
 impl KeyDraft {
-    /// Takes a field that is text. Empty means that the row says nothing.
+    /// Sets a column from text. Empty text leaves the column unset.
     pub(super) fn set_text(&mut self, column: ImportColumn, text: &str) -> Result<(), String> {
         let text = text.trim();
         // PostgreSQL and MySQL write NULL as \N.
@@ -91,9 +91,8 @@ impl KeyDraft {
                 DeactivatedAt::NotDeactivated => {}
                 DeactivatedAt::Unknown => self.is_inactive = true,
                 DeactivatedAt::At(instant) => {
-                    let later =
-                        |known: prost_types::Timestamp| known.seconds.max(instant.seconds) == known.seconds;
-                    self.inactive_since = self.inactive_since.filter(|known| later(*known)).or(Some(instant));
+                    let is_later = |other: &prost_types::Timestamp| other.seconds >= instant.seconds;
+                    self.inactive_since = self.inactive_since.filter(is_later).or(Some(instant));
                 }
             },
             ImportColumn::Unnamed => return Err("the header gives this column no name".to_owned()),
@@ -102,7 +101,7 @@ impl KeyDraft {
         Ok(())
     }
 
-    /// Takes a field that is a list.
+    /// Sets a column that is a list.
     fn set_list(&mut self, column: ImportColumn, values: Vec<String>) -> Result<(), String> {
         if values.is_empty() {
             self.empty_lists.push(column);
@@ -117,12 +116,12 @@ impl KeyDraft {
                 key.rate_limits =
                     values.iter().map(|value| parse_rate_limit(value)).collect::<Result<_, _>>()?;
             }
-            _ => return Err("is no list".to_owned()),
+            _ => return Err("is not a list".to_owned()),
         }
         Ok(())
     }
 
-    /// Takes a field of a JSON object.
+    /// Sets a column from a field of a JSON object.
     pub(super) fn set_json(&mut self, column: ImportColumn, value: Value) -> Result<(), String> {
         let words = |values: Vec<Value>| {
             let words = values.into_iter().map(|value| match value {
@@ -158,7 +157,7 @@ impl KeyDraft {
         };
     }
 
-    /// Refuses a list that the row says is empty and a default would fill: such a row does not say nothing.
+    /// Refuses an explicitly empty list that a default would fill, because an empty list differs from an unset column.
     fn check_empty_lists(&self, defaults: &RowDefaultArgs) -> Result<(), String> {
         let grants_nothing = self.key.scopes.is_empty() && self.key.roles.is_empty();
         let has_grants = !defaults.scopes.is_empty() || !defaults.roles.is_empty();
@@ -178,7 +177,7 @@ impl KeyDraft {
         }
     }
 
-    /// The key, with the defaults where the row says nothing.
+    /// Completes the key with the defaults for unset columns.
     pub(super) fn into_key(
         mut self,
         defaults: &RowDefaultArgs,
@@ -204,7 +203,7 @@ impl KeyDraft {
             key.account = defaults.account.clone().unwrap_or_default();
             key.user = defaults.user.clone().unwrap_or_default();
         }
-        // Together, so that a row that grants little is not given more.
+        // Scopes and roles together, so that defaults never add to a row's own grants.
         if key.scopes.is_empty() && key.roles.is_empty() {
             key.scopes.clone_from(&defaults.scopes);
             key.roles.clone_from(&defaults.roles);
@@ -235,23 +234,23 @@ fn is_past(instant: &prost_types::Timestamp, now: Timestamp) -> bool {
     micros <= i128::from(now.as_micros())
 }
 
-/// What a key gets where its row says nothing.
+/// Flags with the values for columns that a row leaves empty.
 #[derive(Clone, Debug, Default, Args)]
-#[command(next_help_heading = "Where a row says nothing")]
+#[command(next_help_heading = "Defaults for empty columns")]
 pub(super) struct RowDefaultArgs {
     /// The account that owns the key, unless the row names an account or a user
     #[arg(long, value_name = "ID", conflicts_with = "user")]
     account: Option<String>,
-    /// The user who owns the key, unless the row names an account or a user
+    /// The user that owns the key, unless the row names an account or a user
     #[arg(long, value_name = "ID")]
     user: Option<String>,
     /// The one environment in which the key works
     #[arg(long, short, value_name = "NAME")]
     environment: Option<String>,
-    /// Scope to grant where the row has neither scopes nor roles (repeat, or separate by commas)
+    /// Scope to grant if the row has neither scopes nor roles (repeat, or separate by commas)
     #[arg(long = "scope", short, value_name = "SCOPE", value_delimiter = ',')]
     scopes: Vec<String>,
-    /// Role to grant where the row has neither scopes nor roles (repeat, or separate by commas)
+    /// Role to grant if the row has neither scopes nor roles (repeat, or separate by commas)
     #[arg(long = "role", value_name = "ROLE", value_delimiter = ',')]
     roles: Vec<String>,
     /// When the key ends: a duration from now (90d, 1y), an instant (RFC 3339), or never
@@ -269,10 +268,10 @@ pub(super) struct RowDefaultArgs {
     /// Quota per hour, day, month (UTC) or total, such as 1000/month
     #[arg(long, value_name = "LIMIT/PERIOD", value_parser = parse_quota)]
     quota: Option<pb::Quota>,
-    /// Note to keep with the key, such as source=legacy (repeatable)
+    /// Metadata of the key, such as source=legacy (repeatable)
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_name_value)]
     metadata: Vec<(String, String)>,
-    /// How many bits of entropy a token has at least, if that is known: at least 112
+    /// The least entropy of a token in bits, if known; must be 112 or more
     #[arg(long, value_name = "BITS")]
     entropy_bits: Option<u32>,
 }
@@ -282,7 +281,7 @@ impl RowDefaultArgs {
     pub(super) fn check_expiry(&self, now: Timestamp) -> Result<(), CliError> {
         match self.expires {
             Some(ExpiryArg::At(end)) if is_past(&end, now) => {
-                Err(CliError::new("--expires is in the past; name an instant that is yet to come, or never"))
+                Err(CliError::new("--expires is in the past; name an instant in the future, or never"))
             }
             _ => Ok(()),
         }

@@ -1,4 +1,4 @@
-//! Sends one batch of an import, again if the server was in trouble, and reports the result of each row.
+//! Sends one batch of an import, retries after transient errors, and reports the result of each row.
 
 use std::{cell::Cell, time::Duration};
 
@@ -12,7 +12,7 @@ use crate::{
     pb,
 };
 
-/// How long to wait before each new attempt. A server that restarts is back within them.
+/// The delay before each retry. Their sum is enough for a server to restart.
 const RETRY_DELAYS: [Duration; 5] = [
     Duration::from_millis(250),
     Duration::from_secs(1),
@@ -21,7 +21,7 @@ const RETRY_DELAYS: [Duration; 5] = [
     Duration::from_secs(8),
 ];
 
-/// Results that say nothing about the row: it may go well another time.
+/// Errors of the server rather than of the row: a retry may succeed.
 const TRANSIENT_ERRORS: [&str; 9] = [
     "ACCOUNT_LIMIT",
     "CONTENDED",
@@ -34,7 +34,7 @@ const TRANSIENT_ERRORS: [&str; 9] = [
     "STORE_UNAVAILABLE",
 ];
 
-/// A row that is not imported.
+/// A row that cannot be imported, with the reason.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct RejectedRow {
     pub(super) line: u64,
@@ -43,26 +43,24 @@ pub(super) struct RejectedRow {
     pub(super) raw: String,
 }
 
-/// What became of a batch.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct BatchResult {
     pub(super) end: FilePosition,
     pub(super) imported: u64,
     /// Rows that an earlier attempt had imported.
     pub(super) there_already: u64,
-    /// Rows of keys that have expired.
+    /// Rows that are skipped because their keys have expired.
     pub(super) expired: u64,
-    /// Rows of keys that are revoked or disabled.
+    /// Rows that are skipped because their keys are revoked or disabled.
     pub(super) inactive: u64,
     pub(super) rejected: Vec<RejectedRow>,
 }
 
-/// What the batches of an import share.
+/// The retry state that all batches of an import share.
 #[derive(Debug)]
 pub(super) struct RetryState {
-    /// The waits before new ones.
     retry_delays: &'static [Duration],
-    /// The server has answered: if it is gone now, it may come back.
+    /// Whether the server has answered once; if so, a failed connection is retried too.
     server_answered: Cell<bool>,
 }
 
@@ -72,7 +70,7 @@ impl Default for RetryState {
     }
 }
 
-/// Sends a batch. A row that an earlier attempt imported is answered as `replayed`.
+/// Sends a batch and retries it. The server marks rows that an earlier attempt imported as `replayed`.
 pub(super) async fn send_batch(
     batch: ImportBatch,
     attempts: &RetryState,
@@ -94,9 +92,9 @@ pub(super) async fn send_batch(
     while !pending.is_empty() {
         let keys = pending.iter().map(|(_, _, key)| key.clone()).collect();
         let trouble = match call(pb::ImportKeysRequest { keys }).await {
-            Ok(answer) => {
+            Ok(response) => {
                 attempts.server_answered.set(true);
-                apply_results(&mut pending, answer, &mut done)?
+                apply_results(&mut pending, response, &mut done)?
             }
             Err(failure)
                 if failure.exit_code() == EXIT_UNANSWERED
@@ -117,23 +115,23 @@ pub(super) async fn send_batch(
 
 type PendingRows = Vec<(u64, String, pb::ImportKey)>;
 
-/// Sorts the results; what the server could not do stays pending, with why.
+/// Counts the results. Rows with a transient error stay pending; the first such error is returned.
 fn apply_results(
     pending: &mut PendingRows,
-    answer: pb::ImportKeysResponse,
+    response: pb::ImportKeysResponse,
     done: &mut BatchResult,
 ) -> Result<Option<CliError>, CliError> {
-    if answer.results.len() != pending.len() {
-        return Err(CliError::new("the server answered with another number of results than there were rows"));
+    if response.results.len() != pending.len() {
+        return Err(CliError::new("the number of results in the response differs from the number of rows"));
     }
     let mut trouble = None;
-    for ((line, raw, key), result) in std::mem::take(pending).into_iter().zip(answer.results) {
+    for ((line, raw, key), result) in std::mem::take(pending).into_iter().zip(response.results) {
         let pb::ImportResult { error, message, replayed, .. } = result;
         match error.as_str() {
             "" if replayed => done.there_already += 1,
             "" => done.imported += 1,
-            known if TRANSIENT_ERRORS.contains(&known) => {
-                trouble.get_or_insert_with(|| CliError::new(format!("line {line}: {message} ({known})")));
+            code if TRANSIENT_ERRORS.contains(&code) => {
+                trouble.get_or_insert_with(|| CliError::new(format!("line {line}: {message} ({code})")));
                 pending.push((line, raw, key));
             }
             _ => done.rejected.push(RejectedRow { line, error, message, raw }),
@@ -173,10 +171,10 @@ mod tests {
         names: &[&str],
         answers: Vec<Result<Vec<&str>, CliError>>,
     ) -> (Vec<Vec<String>>, Result<BatchResult, String>) {
-        let (asked, answers) = (RefCell::new(Vec::new()), RefCell::new(answers.into_iter()));
+        let (sent_names, answers) = (RefCell::new(Vec::new()), RefCell::new(answers.into_iter()));
         let attempts = RetryState { retry_delays: &[Duration::ZERO; 3], ..RetryState::default() };
         let done = send_batch(batch(names), &attempts, async |request| {
-            asked.borrow_mut().push(request.keys.into_iter().filter_map(|key| key.name).collect());
+            sent_names.borrow_mut().push(request.keys.into_iter().filter_map(|key| key.name).collect());
             let errors = answers.borrow_mut().next().unwrap_or_else(|| Err(CliError::refused("no more")))?;
             let results = errors.iter().map(|error| pb::ImportResult {
                 error: error.trim_start_matches(REPLAYED).to_owned(),
@@ -187,26 +185,26 @@ mod tests {
             Ok(pb::ImportKeysResponse { results: results.collect() })
         })
         .await;
-        (asked.into_inner(), done.map_err(|failure| failure.to_string()))
+        (sent_names.into_inner(), done.map_err(|failure| failure.to_string()))
     }
 
-    fn told(done: &BatchResult) -> (u64, u64, Vec<(u64, &str)>) {
+    fn counts(done: &BatchResult) -> (u64, u64, Vec<(u64, &str)>) {
         let rejected = done.rejected.iter().map(|row| (row.line, row.error.as_str())).collect();
         (done.imported, done.there_already, rejected)
     }
 
     #[tokio::test]
     async fn rows_that_fail_stop_no_other() {
-        let (asked, done) = played(&["a", "", "b", "c"], vec![Ok(vec!["", "KEY_NAME_TAKEN", ""])]).await;
-        assert_eq!(asked, [["a", "b", "c"]]);
-        assert_eq!(told(&done.unwrap()), (2, 0, vec![(3, "UNREADABLE"), (4, "KEY_NAME_TAKEN")]));
+        let (sent_names, done) = played(&["a", "", "b", "c"], vec![Ok(vec!["", "KEY_NAME_TAKEN", ""])]).await;
+        assert_eq!(sent_names, [["a", "b", "c"]]);
+        assert_eq!(counts(&done.unwrap()), (2, 0, vec![(3, "UNREADABLE"), (4, "KEY_NAME_TAKEN")]));
     }
 
     #[tokio::test]
     async fn only_the_server_decides_whether_a_row_was_imported_before() {
         let answers = vec![Ok(vec!["STARTING", "STARTING"]), Ok(vec!["DIGEST_TAKEN", REPLAYED])];
         let (_, done) = played(&["a", "b"], answers).await;
-        assert_eq!(told(&done.unwrap()), (0, 1, vec![(2, "DIGEST_TAKEN")]));
+        assert_eq!(counts(&done.unwrap()), (0, 1, vec![(2, "DIGEST_TAKEN")]));
     }
 
     #[tokio::test]
@@ -216,9 +214,9 @@ mod tests {
             Err(CliError::new("cannot reach the server")),
             Ok(vec![REPLAYED, ""]),
         ];
-        let (asked, done) = played(&["a", "b", "c"], answers).await;
-        assert_eq!(asked, [vec!["a", "b", "c"], vec!["b", "c"], vec!["b", "c"]]);
-        assert_eq!(told(&done.unwrap()), (2, 1, vec![]));
+        let (sent_names, done) = played(&["a", "b", "c"], answers).await;
+        assert_eq!(sent_names, [vec!["a", "b", "c"], vec!["b", "c"], vec!["b", "c"]]);
+        assert_eq!(counts(&done.unwrap()), (2, 1, vec![]));
     }
 
     #[tokio::test]
@@ -228,7 +226,7 @@ mod tests {
             let result = |replayed| pb::ImportResult { replayed, ..Default::default() };
             Ok(pb::ImportKeysResponse { results: vec![result(true), result(false)] })
         });
-        assert_eq!(told(&done.await.unwrap()), (1, 1, vec![]));
+        assert_eq!(counts(&done.await.unwrap()), (1, 1, vec![]));
     }
 
     #[tokio::test]
@@ -237,37 +235,37 @@ mod tests {
         let server = crate::config::client::ServerUrl::parse("http://localhost:1").unwrap();
         let unknown = CliError::from_status(&tonic::Status::unavailable("unknown"), &server);
         let answers = vec![Err(unknown), Ok(vec!["", ""])];
-        let (asked, done) = played(&["a", "b"], answers).await;
-        assert_eq!(asked.len(), 2);
-        assert_eq!(told(&done.unwrap()), (2, 0, vec![]));
+        let (sent_names, done) = played(&["a", "b"], answers).await;
+        assert_eq!(sent_names.len(), 2);
+        assert_eq!(counts(&done.unwrap()), (2, 0, vec![]));
     }
 
     #[tokio::test]
     async fn trouble_that_does_not_end_stops_the_import_and_says_where() {
-        let (asked, done) = played(&["a"], (0..9).map(|_| Ok(vec!["STORE_FULL"])).collect()).await;
-        assert_eq!(asked.len(), 4, "once, and after each pause");
+        let (sent_names, done) = played(&["a"], (0..9).map(|_| Ok(vec!["STORE_FULL"])).collect()).await;
+        assert_eq!(sent_names.len(), 4, "once, and after each pause");
         assert!(done.unwrap_err().contains("line 2: about STORE_FULL (STORE_FULL)"));
     }
 
     #[tokio::test]
     async fn a_server_that_never_answered_is_not_waited_for() {
-        let (asked, done) = played(&["a"], vec![Err(CliError::new("cannot reach it"))]).await;
-        assert_eq!(asked.len(), 1);
+        let (sent_names, done) = played(&["a"], vec![Err(CliError::new("cannot reach it"))]).await;
+        assert_eq!(sent_names.len(), 1);
         assert!(done.unwrap_err().contains("cannot reach it"));
     }
 
     #[tokio::test]
     async fn keys_that_have_ended_are_counted_and_not_sent() {
-        let (asked, done) = played(&["expired", "a", "revoked"], vec![Ok(vec![""])]).await;
-        assert_eq!(asked, [["a"]]);
+        let (sent_names, done) = played(&["expired", "a", "revoked"], vec![Ok(vec![""])]).await;
+        assert_eq!(sent_names, [["a"]]);
         let done = done.unwrap();
         assert_eq!((done.imported, done.expired, done.inactive, done.rejected.len()), (1, 1, 1, 0));
     }
 
     #[tokio::test]
     async fn a_batch_of_unreadable_rows_asks_nothing() {
-        let (asked, done) = played(&["", ""], vec![]).await;
-        assert!(asked.is_empty());
+        let (sent_names, done) = played(&["", ""], vec![]).await;
+        assert!(sent_names.is_empty());
         assert_eq!(done.unwrap().rejected.len(), 2);
     }
 }

@@ -1,4 +1,4 @@
-//! The file of an import, read in batches that fit into one call each: never whole.
+//! Reads the rows of an import's file in batches that fit into one call each. The whole file is never in memory.
 
 use std::io::{self, Read, Seek};
 
@@ -17,12 +17,12 @@ use super::{
 };
 use crate::{cli::error::CliError, domain::time::Timestamp, pb};
 
-/// The most keys of one call.
+/// The server's limit of keys in one Import.
 pub(super) const MAX_KEYS_PER_CALL: usize = 1_000;
-/// A call holds at most 4 MiB; so much of it is for keys.
+/// The size limit for the keys of one call, below the server's 4 MiB for a request.
 const MAX_BATCH_BYTES: usize = 3_500_000;
 
-/// How rows are written in a file.
+/// The format of a file's rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum ImportFormat {
     /// Values separated by commas, semicolons, tabs or |, with a header line
@@ -32,30 +32,28 @@ pub(super) enum ImportFormat {
     Json,
 }
 
-/// How a file is read.
 #[derive(Clone, Debug)]
 pub(super) struct ReadOptions {
     pub(super) format: ImportFormat,
-    /// What the user names; a byte order mark wins.
+    /// The encoding that the user names; a byte order mark takes precedence.
     pub(super) encoding: Option<&'static Encoding>,
     pub(super) columns: ColumnNameArgs,
     pub(super) defaults: RowDefaultArgs,
-    /// Keys that have expired by now are skipped.
+    /// Keys that expire before this instant are skipped.
     pub(super) now: Timestamp,
 }
 
-/// A row, read or not.
 #[derive(Debug)]
 pub(super) struct ImportRow {
-    /// The line on which it begins, from 1.
+    /// The number of the row's first line, from 1.
     pub(super) line: u64,
-    /// As it is in the file.
+    /// The row's text in the file.
     pub(super) raw: String,
-    /// The key, or why there is none.
+    /// The key, or why the row is skipped.
     pub(super) key: Result<pb::ImportKey, RowSkipReason>,
 }
 
-/// Rows for one call.
+/// The rows that one call imports.
 #[derive(Debug)]
 pub(super) struct ImportBatch {
     pub(super) rows: Vec<ImportRow>,
@@ -63,34 +61,33 @@ pub(super) struct ImportBatch {
     pub(super) end: FilePosition,
 }
 
-/// How the rows of a file, and their fields, are separated.
+/// How rows and fields are separated in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum RowDialect {
     Separated(CsvHeader),
     Json(JsonLayout),
 }
 
-/// A file of rows.
 pub(super) struct RowSource<R> {
     text: TextReader<R>,
     dialect: RowDialect,
     options: ReadOptions,
-    /// A row that was read and had no place in its batch.
+    /// A row that did not fit into the previous batch.
     deferred_row: Option<ImportRow>,
-    /// Where that row begins.
+    /// The position of the first row of the next batch.
     next_row_start: FilePosition,
 }
 
-/// Reads the name of an encoding.
+/// Parses the label of an encoding, as the WHATWG Encoding Standard lists them.
 pub(super) fn parse_encoding(label: &str) -> Result<&'static Encoding, String> {
-    // ISO-2022-JP has bytes that look like line ends and quotes.
+    // ISO-2022-JP is refused, because its characters contain bytes that look like line ends and quotes.
     Encoding::for_label(label.as_bytes())
         .filter(|encoding| *encoding != ISO_2022_JP && *encoding != REPLACEMENT)
         .ok_or_else(|| "write an encoding such as utf-8, utf-16le, windows-1252 or shift_jis".to_owned())
 }
 
 impl ReadOptions {
-    /// What a file that begins like this must be as a whole.
+    /// Returns the syntax that the whole file must have, by its beginning.
     pub(super) fn required_syntax(&self, input: impl Read + Seek) -> io::Result<WholeFileSyntax> {
         if self.format == ImportFormat::Csv {
             return Ok(WholeFileSyntax::Rows);
@@ -106,15 +103,15 @@ impl ReadOptions {
 impl RowDialect {
     fn detect<R: Read + Seek>(
         text: &mut TextReader<R>,
-        reading: &ReadOptions,
+        options: &ReadOptions,
     ) -> Result<RowDialect, CliError> {
-        if reading.format == ImportFormat::Csv {
-            return Ok(RowDialect::Separated(CsvHeader::read_from(text, &reading.columns)?));
+        if options.format == ImportFormat::Csv {
+            return Ok(RowDialect::Separated(CsvHeader::read_from(text, &options.columns)?));
         }
         let layout = JsonLayout::detect(text)?;
         let start = text.position();
         if let Some(JsonObject { fields: Ok(fields), .. }) = layout.next_object(text)? {
-            check_json_fields(&fields, &reading.columns)?;
+            check_json_fields(&fields, &options.columns)?;
         }
         text.seek_to(start)?;
         Ok(RowDialect::Json(layout))
@@ -122,33 +119,33 @@ impl RowDialect {
 }
 
 impl<R: Read + Seek> RowSource<R> {
-    /// Reads the header, if there is one, and goes to where the rows begin or continue.
+    /// Reads the header, if there is one, and seeks to the first row, or to `from`.
     pub(super) fn open(
         input: R,
-        reading: ReadOptions,
+        options: ReadOptions,
         from: Option<FilePosition>,
     ) -> Result<RowSource<R>, CliError> {
         let is_simple =
             |encoding: &&'static Encoding| encoding.is_single_byte() || encoding.name().starts_with("UTF-");
-        if reading.format == ImportFormat::Json
-            && reading.encoding.as_ref().is_some_and(|named| !is_simple(named))
+        if options.format == ImportFormat::Json
+            && options.encoding.as_ref().is_some_and(|named| !is_simple(named))
         {
-            return Err(CliError::new("JSON is UTF-8, UTF-16 or in an encoding of one byte a character"));
+            return Err(CliError::new(
+                "JSON must be UTF-8, UTF-16 or in an encoding of one byte per character",
+            ));
         }
-        let mut text = TextReader::open(input, reading.encoding)?;
-        let dialect = RowDialect::detect(&mut text, &reading)?;
+        let mut text = TextReader::open(input, options.encoding)?;
+        let dialect = RowDialect::detect(&mut text, &options)?;
         if let Some(from) = from.filter(|from| from.bytes > text.position().bytes) {
             text.seek_to(from)?;
         }
         let before = text.position();
-        Ok(RowSource { text, dialect, options: reading, deferred_row: None, next_row_start: before })
+        Ok(RowSource { text, dialect, options, deferred_row: None, next_row_start: before })
     }
 
-    /// Checks the names of all columns, those of every JSON object too. Gives the flags that name no field of a JSON
-    /// file: its objects may lack some.
+    /// Checks all column names, including those of every JSON object. An unknown name is an error.
     ///
-    /// # Errors
-    /// If a column is unknown, or a flag names none of a CSV file.
+    /// A flag that names no column is an error for CSV. For JSON such flags are returned, because objects may lack fields.
     pub(super) fn check_columns(mut self) -> Result<Vec<String>, CliError> {
         let mut check = ColumnNameCheck::new(&self.options.columns);
         let layout = match &self.dialect {
@@ -169,7 +166,7 @@ impl<R: Read + Seek> RowSource<R> {
         &self.dialect
     }
 
-    /// The next batch; none at the file's end.
+    /// Reads the next batch; `None` at the end of the file.
     pub(super) fn next_batch(&mut self) -> io::Result<Option<ImportBatch>> {
         let (mut rows, mut bytes) = (Vec::new(), 0);
         while rows.len() < MAX_KEYS_PER_CALL {
@@ -217,11 +214,11 @@ fn unreadable_row(problem: &str) -> RowSkipReason {
     RowSkipReason::Unreadable(problem.to_owned())
 }
 
-/// Reads a row of a CSV file. It may have more fields than the header if those are blank: spreadsheets add them.
+/// Converts a row of a CSV file. Blank fields beyond the header are allowed, because spreadsheets add them.
 fn read_cells(
     cells: &[String],
     columns: &[(String, ImportColumn)],
-    reading: &ReadOptions,
+    options: &ReadOptions,
 ) -> Result<pb::ImportKey, RowSkipReason> {
     let surplus = cells.get(columns.len()..).unwrap_or_default();
     if cells.len() < columns.len() || surplus.iter().any(|cell| !cell.trim().is_empty()) {
@@ -231,23 +228,23 @@ fn read_cells(
     for ((name, column), cell) in columns.iter().zip(cells) {
         draft.set_text(*column, cell).map_err(|problem| format!("{name}: {problem}"))?;
     }
-    draft.into_key(&reading.defaults, reading.now)
+    draft.into_key(&options.defaults, options.now)
 }
 
-/// Reads an object of a JSON file.
-fn read_fields(fields: JsonFields, reading: &ReadOptions) -> Result<pb::ImportKey, RowSkipReason> {
+/// Converts an object of a JSON file.
+fn read_fields(fields: JsonFields, options: &ReadOptions) -> Result<pb::ImportKey, RowSkipReason> {
     let (mut draft, mut seen) = (KeyDraft::default(), Vec::new());
     for (name, value) in fields.0 {
-        let column = reading.columns.resolve(&name).ok_or_else(|| {
+        let column = options.columns.resolve(&name).ok_or_else(|| {
             format!("unknown field {name:?}; the fields are {}", ImportColumn::list_names())
         })?;
         if !column.may_repeat() && seen.contains(&column) {
-            return Err(format!("{name}: is there twice").into());
+            return Err(format!("{name}: is repeated").into());
         }
         seen.push(column);
         draft.set_json(column, value).map_err(|problem| format!("{name}: {problem}"))?;
     }
-    draft.into_key(&reading.defaults, reading.now)
+    draft.into_key(&options.defaults, options.now)
 }
 
 #[cfg(test)]
@@ -263,7 +260,7 @@ mod tests {
         format: ImportFormat,
         from: Option<FilePosition>,
     ) -> Result<RowSource<Cursor<Vec<u8>>>, String> {
-        let reading = ReadOptions {
+        let options = ReadOptions {
             format,
             encoding: None,
             columns: ColumnNameArgs::default(),
@@ -271,7 +268,7 @@ mod tests {
             now: Timestamp::from_micros(0),
         };
         let input = Cursor::new(file.as_bytes().to_vec());
-        RowSource::open(input, reading, from).map_err(|failure| failure.to_string())
+        RowSource::open(input, options, from).map_err(|failure| failure.to_string())
     }
 
     fn problem(row: &ImportRow) -> &str {
@@ -289,8 +286,8 @@ mod tests {
     fn a_wrong_row_does_not_stop_the_others() {
         let file = format!("account,sha256\nacme,{HEX}\nacme\nacme,kw_x\n\nacme,{HEX}\n");
         let rows = rows(&file, ImportFormat::Csv);
-        let told: Vec<_> = rows.iter().map(|row| (row.line, row.key.is_ok())).collect();
-        assert_eq!(told, [(2, true), (3, false), (4, false), (6, true)]);
+        let actual: Vec<_> = rows.iter().map(|row| (row.line, row.key.is_ok())).collect();
+        assert_eq!(actual, [(2, true), (3, false), (4, false), (6, true)]);
         assert_eq!(problem(&rows[1]), "has 1 fields; the header has 2");
         let error = problem(&rows[2]);
         assert!(error.starts_with("sha256: write the SHA-256") && !error.contains("kw_x"), "{error}");
@@ -304,10 +301,10 @@ mod tests {
         );
         let rows = rows(&file, ImportFormat::Json);
         assert!(rows[0].key.is_ok());
-        assert_eq!(problem(&rows[1]), "is no JSON object");
+        assert_eq!(problem(&rows[1]), "is not a JSON object");
         assert!(problem(&rows[2]).contains("unknown field \"token\"") && !problem(&rows[2]).contains("kw_x"));
         assert_eq!(problem(&rows[3]), "name: write a text");
-        assert_eq!(problem(&rows[4]), "expires_at: is there twice");
+        assert_eq!(problem(&rows[4]), "expires_at: is repeated");
     }
 
     #[test]

@@ -1,23 +1,23 @@
-//! What an import came to, for people and for programs.
+//! The summary of an import, as a table for people and as JSON.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Serialize, Serializer};
 
 use super::{checkpoint::ImportCheckpoint, send::RejectedRow};
-use crate::cli::{json_output::ToJson, table::DetailTable};
+use crate::cli::{json_output::ToJson, table::DetailTable, value_format::format_row_count};
 
-/// How many different problems are kept, and how many of them people see.
+/// The limit of distinct problems that are kept and that JSON output contains.
 const MAX_PROBLEMS: usize = 100;
+/// The limit of problems in the table for people.
 const MAX_SHOWN_PROBLEMS: usize = 5;
 
-/// What an import came to.
 #[derive(Debug, Serialize)]
 pub(super) struct ImportSummary {
-    /// Whether the file's end was reached.
+    /// Whether the import reached the end of the file.
     pub(super) complete: bool,
     lines: u64,
-    /// Rows of the file that are done, by earlier runs too.
+    /// Rows of the file that are done, including those of earlier runs.
     rows: u64,
     imported: u64,
     there_already: u64,
@@ -25,7 +25,7 @@ pub(super) struct ImportSummary {
     inactive: u64,
     pub(super) rejected: u64,
     rejected_file: Option<String>,
-    /// Why this run has rejected rows, the most frequent problem first.
+    /// The reasons for the rows that this run rejected, most frequent first.
     problems: Vec<RowProblem>,
     /// Rows that this run has sent, skipped or rejected.
     rows_now: u64,
@@ -33,17 +33,17 @@ pub(super) struct ImportSummary {
     rows_per_second: f64,
 }
 
-/// What was wrong with some rows.
+/// A problem that some rejected rows share.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct RowProblem {
     error: String,
     message: String,
     rows: u64,
-    /// The line on which the first of them begins.
+    /// The first line of the first such row.
     first_line: u64,
 }
 
-/// The problems of rejected rows, each once.
+/// The distinct problems of rejected rows, each with its count and first line.
 #[derive(Debug, Default)]
 pub(super) struct RowProblems(BTreeMap<(String, String), (u64, u64)>);
 
@@ -70,11 +70,6 @@ impl RowProblems {
     }
 }
 
-/// A number of rows.
-pub(super) fn format_row_count(count: u64) -> String {
-    format!("{count} row{}", if count == 1 { "" } else { "s" })
-}
-
 impl ToJson for ImportSummary {
     fn serialize_json<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.serialize(serializer)
@@ -83,18 +78,18 @@ impl ToJson for ImportSummary {
 
 impl ImportSummary {
     pub(super) fn new(
-        journal: &ImportCheckpoint,
+        checkpoint: &ImportCheckpoint,
         problems: &RowProblems,
         complete: bool,
         rows_now: u64,
         duration: Duration,
     ) -> ImportSummary {
-        let progress = &journal.progress;
-        let path = journal.rejected_path().display().to_string();
+        let progress = &checkpoint.progress;
+        let path = checkpoint.rejected_path().display().to_string();
         ImportSummary {
             complete,
             lines: progress.lines,
-            rows: journal.rows_done(),
+            rows: checkpoint.rows_done(),
             imported: progress.imported,
             there_already: progress.there_already,
             expired: progress.expired,
@@ -108,7 +103,7 @@ impl ImportSummary {
         }
     }
 
-    pub(super) fn to_table(&self, journal: &ImportCheckpoint) -> DetailTable {
+    pub(super) fn to_table(&self, checkpoint: &ImportCheckpoint) -> DetailTable {
         let file = self.rejected_file.as_ref();
         let rejected = file.map_or_else(|| "0".to_owned(), |file| format!("{}, see {file}", self.rejected));
         let some = |count: u64, what: &str| {
@@ -117,12 +112,12 @@ impl ImportSummary {
         let mut record = DetailTable::new()
             .field("imported", self.imported.to_string())
             .field("there already", some(self.there_already, ", imported by an earlier attempt"))
-            .field("expired", some(self.expired, ", not imported: such keys have ended"))
+            .field("expired", some(self.expired, ", not imported: the keys have expired"))
             .field("inactive", some(self.inactive, ", not imported: revoked or disabled"))
             .field("rejected", rejected);
         for RowProblem { error, message, rows, first_line } in self.problems.iter().take(MAX_SHOWN_PROBLEMS) {
             let first = if *rows == 1 { "" } else { ", the first" };
-            let count = self::format_row_count(*rows);
+            let count = format_row_count(*rows);
             record = record.field("", format!("{count}{first} on line {first_line}: {message} ({error})"));
         }
         if self.problems.len() > MAX_SHOWN_PROBLEMS {
@@ -131,7 +126,7 @@ impl ImportSummary {
         }
         let record = record.field("rows done", self.rows.to_string());
         if self.rows_now == 0 && self.complete {
-            let hint = format!("nothing; {} says that all is done", journal.progress_path().display());
+            let hint = format!("nothing; all rows are done by {}", checkpoint.progress_path().display());
             return record.field("this time", hint);
         }
         let ImportSummary { rows_now, seconds, rows_per_second, .. } = self;
@@ -155,14 +150,9 @@ mod tests {
         let mut problems = RowProblems::default();
         problems.add_rejected(&[rejected(2, "rare")]);
         problems.add_rejected(&(3..1003).map(|line| rejected(line, "frequent")).collect::<Vec<_>>());
-        let told = problems.most_frequent_first();
-        let told: Vec<_> = told.iter().map(|p| (p.message.as_str(), p.rows, p.first_line)).collect();
-        assert_eq!(told, [("frequent", 1000, 3), ("rare", 1, 2)]);
-    }
-
-    #[test]
-    fn one_row_is_not_rows() {
-        assert_eq!([0, 1, 2].map(format_row_count), ["0 rows", "1 row", "2 rows"]);
+        let actual = problems.most_frequent_first();
+        let actual: Vec<_> = actual.iter().map(|p| (p.message.as_str(), p.rows, p.first_line)).collect();
+        assert_eq!(actual, [("frequent", 1000, 3), ("rare", 1, 2)]);
     }
 
     #[test]

@@ -1,7 +1,6 @@
-//! An import's file as text: its encoding, its line ends, and where in the file reading is, so that it can continue from
-//! there. Rows are `csv`'s and `json`'s subject.
+//! Reads a file as lines of text in its encoding, and keeps the position, so that an import can continue from there.
 //!
-//! Positions are bytes of the file, whatever its encoding.
+//! Not here: rows and fields (`csv_rows`, `json_rows`). Positions are bytes of the file in every encoding.
 
 use std::{
     borrow::Cow,
@@ -10,47 +9,45 @@ use std::{
 
 use encoding_rs::{Encoding, UTF_8, UTF_16BE, UTF_16LE};
 
-/// The longest row, in bytes: a file with an open quote must not be read into memory whole.
+/// The longest row. It bounds the memory for a file with an unclosed quote.
 pub(super) const MAX_ROW_BYTES: usize = 1 << 20;
-/// How much of a file is read at once.
 const READ_CHUNK_BYTES: usize = 64 * 1024;
-/// What a lone last byte of a UTF-16 file is read as; no text has this unit.
+/// Represents half a unit at the end of a UTF-16 file; no valid text has this unit.
 const BROKEN_UNIT: u16 = 0xffff;
 
-/// A place between two rows.
+/// A position between two rows of a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct FilePosition {
     pub(super) bytes: u64,
-    /// The lines that end before it.
+    /// The number of lines that end before this position.
     pub(super) lines: u64,
 }
 
-/// What reading a row or a line gave.
+/// The result of reading a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LineOutcome {
-    /// The file has ended.
+    /// No line is left in the file.
     End,
-    /// A line was added.
     Whole,
-    /// It was skipped, because it would make the row longer than [`MAX_ROW_BYTES`].
+    /// The line was skipped, because it would make the row longer than [`MAX_ROW_BYTES`].
     TooLong,
-    /// It was skipped, because it is not text in the file's encoding.
+    /// The line was skipped, because it is not text in the file's encoding.
     NotText,
 }
 
-/// The text of a file.
 #[derive(Debug)]
 pub(super) struct TextReader<R> {
     input: R,
     encoding: &'static Encoding,
-    /// Bytes that are read; those from `start` on are not consumed.
+    /// Bytes that were read; those from `start` on are not consumed yet.
     buffer: Vec<u8>,
     start: usize,
     position: FilePosition,
 }
 
-/// The encoding of a file that begins like this, and the length of its byte order mark. The mark wins over what the
-/// user named; without either, a first character of two bytes, one of them zero, is UTF-16.
+/// Detects the encoding by a file's beginning; returns it with the length of the byte order mark.
+///
+/// The mark takes precedence over the user's encoding. Without either, a zero byte in the first two means UTF-16.
 fn detect_encoding(beginning: &[u8], named: Option<&'static Encoding>) -> (&'static Encoding, usize) {
     if let Some(marked) = Encoding::for_bom(beginning) {
         return marked;
@@ -64,7 +61,7 @@ fn detect_encoding(beginning: &[u8], named: Option<&'static Encoding>) -> (&'sta
 }
 
 impl<R: Read + Seek> TextReader<R> {
-    /// Starts at the file's beginning, after a byte order mark.
+    /// Opens a file and skips its byte order mark.
     pub(super) fn open(mut input: R, named: Option<&'static Encoding>) -> io::Result<TextReader<R>> {
         input.seek(SeekFrom::Start(0))?;
         let mut text = TextReader {
@@ -96,9 +93,9 @@ impl<R: Read + Seek> TextReader<R> {
         Ok(())
     }
 
-    /// Adds the next line with its end to `row`. LF, CR LF and a lone CR end lines.
+    /// Appends the next line with its line end (LF, CR LF or CR) to `row`.
     pub(super) fn read_line(&mut self, row: &mut String) -> io::Result<LineOutcome> {
-        let most = MAX_ROW_BYTES.saturating_sub(row.len());
+        let limit = MAX_ROW_BYTES.saturating_sub(row.len());
         let (mut bytes, mut whole) = (Vec::new(), true);
         let before = self.position.bytes;
         loop {
@@ -108,7 +105,7 @@ impl<R: Read + Seek> TextReader<R> {
             }
             let end = self.find_line_end();
             let length = end.unwrap_or_else(|| self.complete_unit_bytes());
-            whole = whole && bytes.len() + length <= most;
+            whole = whole && bytes.len() + length <= limit;
             if whole {
                 bytes.extend_from_slice(&self.buffer[self.start..][..length]);
             }
@@ -134,12 +131,12 @@ impl<R: Read + Seek> TextReader<R> {
         })
     }
 
-    /// The text of these bytes, if they are any in the file's encoding.
+    /// Decodes bytes in the file's encoding; `None` if they are not text.
     pub(super) fn decode<'b>(&self, bytes: &'b [u8]) -> Option<Cow<'b, str>> {
         self.encoding.decode_without_bom_handling_and_without_replacement(bytes)
     }
 
-    /// The next unit of the encoding: a byte, or two in UTF-16.
+    /// Returns the next unit of the encoding without consuming it: a byte, or two bytes in UTF-16.
     pub(super) fn peek_unit(&mut self) -> io::Result<Option<u16>> {
         let (width, encoding) = (self.unit_width(), self.encoding);
         Ok(match *self.fill_and_peek(width)? {
@@ -151,7 +148,7 @@ impl<R: Read + Seek> TextReader<R> {
         })
     }
 
-    /// Moves past the next unit, and adds its bytes to `bytes`.
+    /// Consumes the next unit and appends it to `bytes`.
     pub(super) fn consume_unit(&mut self, bytes: &mut Vec<u8>) -> io::Result<()> {
         let Some(unit) = self.peek_unit()? else { return Ok(()) };
         let length = self.unit_width().min(self.buffer.len() - self.start);
@@ -163,7 +160,7 @@ impl<R: Read + Seek> TextReader<R> {
         Ok(())
     }
 
-    /// Counts the line that the file ends in, though no line end follows.
+    /// Counts a last line that has no line end.
     pub(super) fn end_last_line(&mut self) {
         self.position.lines += 1;
     }
@@ -175,19 +172,18 @@ impl<R: Read + Seek> TextReader<R> {
         if carriage_return && self.peek_unit()? == Some(u16::from(b'\n')) {
             self.consume_unit(bytes)?;
         }
-        // The line is counted once, by its reader.
+        // `read_line` counts the line.
         self.position.lines = lines;
         Ok(())
     }
 
-    /// The bytes of a unit.
     fn unit_width(&self) -> usize {
         if self.encoding == UTF_16LE || self.encoding == UTF_16BE { 2 } else { 1 }
     }
 
-    /// At least so many bytes that come next, fewer only at the file's end.
-    pub(super) fn fill_and_peek(&mut self, wanted: usize) -> io::Result<&[u8]> {
-        while self.buffer.len() - self.start < wanted {
+    /// Returns at least `count` of the next bytes without consuming them; fewer only at the end of the file.
+    pub(super) fn fill_and_peek(&mut self, count: usize) -> io::Result<&[u8]> {
+        while self.buffer.len() - self.start < count {
             self.buffer.drain(..self.start);
             self.start = 0;
             let held = self.buffer.len();
@@ -203,13 +199,12 @@ impl<R: Read + Seek> TextReader<R> {
         Ok(&self.buffer[self.start..])
     }
 
-    /// Moves past bytes that were read.
     pub(super) fn consume(&mut self, bytes: usize) {
         self.start += bytes;
         self.position.bytes += bytes as u64;
     }
 
-    /// Where in what is read the next line ends.
+    /// Returns the offset of the next line end in the unconsumed bytes.
     fn find_line_end(&self) -> Option<usize> {
         let window = &self.buffer[self.start..];
         let wide = |unit: fn([u8; 2]) -> u16| {
@@ -223,7 +218,7 @@ impl<R: Read + Seek> TextReader<R> {
         }
     }
 
-    /// The bytes that are read, without half a unit at their end; a half is all that is left at the file's end.
+    /// Counts the unconsumed bytes without half a unit at the end. At the end of the file, only the half may be left.
     fn complete_unit_bytes(&self) -> usize {
         let bytes = self.buffer.len() - self.start;
         let whole = bytes / self.unit_width() * self.unit_width();
@@ -231,7 +226,7 @@ impl<R: Read + Seek> TextReader<R> {
     }
 }
 
-/// A line without its end.
+/// Removes the line end from a line.
 pub(super) fn trim_line_end(line: &str) -> &str {
     let line = line.strip_suffix('\n').unwrap_or(line);
     line.strip_suffix('\r').unwrap_or(line)

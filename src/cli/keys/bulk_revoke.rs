@@ -1,11 +1,11 @@
-//! `keyward keys bulk-revoke_all_batches`: many keys at once, as often as the server says that there are more.
+//! `keyward keys bulk-revoke`: revokes all keys that match a filter. It repeats the call until the server has no more.
 
 use std::fmt;
 
 use clap::Args;
 use comfy_table::Color;
 
-use super::state_change::RevokeReasonArg;
+use super::args::RevokeReasonArg;
 use crate::{
     cli::{
         api_client::{ApiClient, DefaultTimeout},
@@ -20,13 +20,12 @@ use crate::{
 };
 
 const BULK_REVOKE_HELP: &str = "\
-Keys that are revoked already are left alone. It says first how many keys are meant, and asks on the terminal, also \
-where stdin is a pipe; without a terminal it needs --yes. \
-Exit code 1: some key could not be revoked; the table says why.
+Keys that are already revoked are not changed. The command shows how many keys match and asks for confirmation on the \
+terminal, even if stdin is a pipe; without a terminal it needs --yes. \
+Exit code 1: some keys could not be revoked; the table has the reasons.
 
 Example: keyward keys bulk-revoke --account acme --environment staging --created-before 90d --dry-run";
 
-/// Whose keys.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 struct KeyOwnerArgs {
@@ -41,7 +40,6 @@ struct KeyOwnerArgs {
     all_accounts: bool,
 }
 
-/// Their owner in words.
 impl fmt::Display for KeyOwnerArgs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (&self.account, &self.user) {
@@ -52,7 +50,6 @@ impl fmt::Display for KeyOwnerArgs {
     }
 }
 
-/// Flags of `keyward keys bulk-revoke_all_batches`.
 #[derive(Debug, Args)]
 #[command(after_help = BULK_REVOKE_HELP)]
 pub(in crate::cli) struct BulkRevokeArgs {
@@ -64,19 +61,19 @@ pub(in crate::cli) struct BulkRevokeArgs {
     /// Only keys created before then: a duration ago (90d) or an instant (RFC 3339)
     #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
     created_before: Option<PastInstantArg>,
-    /// Only keys whose name starts so
+    /// Only keys whose name starts with this text
     #[arg(long, value_name = "TEXT")]
     name_prefix: Option<String>,
-    /// Why
+    /// Why the keys are revoked, for the audit log
     #[arg(long, value_enum, value_name = "REASON")]
     reason: Option<RevokeReasonArg>,
     /// Text for the audit log
     #[arg(long, value_name = "TEXT")]
     comment: Option<String>,
-    /// Say what would be revoked, and revoke nothing
+    /// List the keys that would be revoked, without revoking them
     #[arg(long)]
     dry_run: bool,
-    /// Do not ask first
+    /// Do not ask for confirmation
     #[arg(long, short)]
     yes: bool,
 }
@@ -84,32 +81,32 @@ pub(in crate::cli) struct BulkRevokeArgs {
 impl BulkRevokeArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         if !self.dry_run {
-            // Before anything is sent: without a terminal the answer is known.
+            // Fails before anything is sent if there is no terminal to ask on.
             cx.console.needs_confirmation(self.yes)?;
         }
         let session = cx.connect()?;
-        let question = self.build_request(&SystemClock);
+        let request = self.build_request(&SystemClock);
         if self.dry_run {
-            let answer = call_bulk_revoke(&session, question).await?;
-            cx.print_response(&answer, |colours| render_results(&answer.keys, true, colours))?;
-            cx.console.eprint(&format!("{} would be revoked; none was.\n", format_found_count(&answer)));
+            let response = call_bulk_revoke(&session, request).await?;
+            cx.print_response(&response, |colors| render_results(&response.keys, true, colors))?;
+            cx.console.eprint(&format!("{} would be revoked; none was.\n", format_found_count(&response)));
             return Ok(0);
         }
         if cx.console.needs_confirmation(self.yes)? {
-            let meant =
-                call_bulk_revoke(&session, pb::BulkRevokeKeysRequest { dry_run: true, ..question.clone() })
+            let matching =
+                call_bulk_revoke(&session, pb::BulkRevokeKeysRequest { dry_run: true, ..request.clone() })
                     .await?;
-            if meant.keys.is_empty() {
-                cx.print_response(&meant, |_| "No keys.\n".to_owned())?;
+            if matching.keys.is_empty() {
+                cx.print_response(&matching, |_| "No keys.\n".to_owned())?;
                 return Ok(0);
             }
             cx.console.confirm(
-                &format!("Revoke {} of {} for ever?", format_found_count(&meant), self.owner),
+                &format!("Permanently revoke {} of {}?", format_found_count(&matching), self.owner),
                 false,
             )?;
         }
         let (all, failure) =
-            revoke_all_batches(async || call_bulk_revoke(&session, question.clone()).await).await;
+            revoke_all_batches(async || call_bulk_revoke(&session, request.clone()).await).await;
         print_report(cx, &all)?;
         failure.map_or(Ok(exit_code(&all)), Err)
     }
@@ -131,45 +128,48 @@ impl BulkRevokeArgs {
 
 async fn call_bulk_revoke(
     session: &ApiClient,
-    question: pb::BulkRevokeKeysRequest,
+    request: pb::BulkRevokeKeysRequest,
 ) -> Result<pb::BulkRevokeKeysResponse, CliError> {
     session
-        .call_keys(DefaultTimeout::Propagation, question, async |mut client, request| {
+        .call_keys(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.bulk_revoke(request).await
         })
         .await
 }
 
-/// Asks until there is no more, and gives all answers as one; what was done before a failure is part of it.
+/// Calls the server until no keys are left, and merges the responses. The result includes what was done before a failure.
 async fn revoke_all_batches(
-    mut ask: impl AsyncFnMut() -> Result<pb::BulkRevokeKeysResponse, CliError>,
+    mut call: impl AsyncFnMut() -> Result<pb::BulkRevokeKeysResponse, CliError>,
 ) -> (pb::BulkRevokeKeysResponse, Option<CliError>) {
     let mut all = pb::BulkRevokeKeysResponse::default();
     loop {
-        let answer = match ask().await {
-            Ok(answer) => answer,
+        let response = match call().await {
+            Ok(response) => response,
             Err(failure) => return (all, Some(failure)),
         };
-        // A key that failed is asked for again with the next call: what came of it last counts.
+        // The next call repeats keys that failed, so only their last result counts.
         all.keys.retain(|key| key.revoked);
-        let progress = answer.keys.iter().any(|key| key.revoked);
-        all.keys.extend(answer.keys);
-        all.revision = all.revision.max(answer.revision);
-        all.propagation = answer.propagation;
-        all.more = answer.more;
+        let progress = response.keys.iter().any(|key| key.revoked);
+        all.keys.extend(response.keys);
+        all.revision = all.revision.max(response.revision);
+        all.propagation = response.propagation;
+        all.more = response.more;
         if !all.more {
             return (all, None);
         }
         if !progress {
-            let failure = CliError::refused("there are more keys, and none of these could be revoked");
-            return (all, Some(failure.with_hint("see to the errors in the table, then do it again")));
+            let failure = CliError::refused("more keys match, but none of these could be revoked");
+            return (
+                all,
+                Some(failure.with_hint("resolve the errors in the table, then repeat the command")),
+            );
         }
     }
 }
 
 fn print_report(cx: &mut CommandContext<'_>, all: &pb::BulkRevokeKeysResponse) -> Result<(), CliError> {
-    cx.print_response(all, |colours| {
-        let table = render_results(&all.keys, false, colours);
+    cx.print_response(all, |colors| {
+        let table = render_results(&all.keys, false, colors);
         if all.keys.iter().any(|key| key.revoked) {
             return table + "\n" + &text_output::format_propagation(all.revision, all.propagation.as_ref());
         }
@@ -188,18 +188,18 @@ fn exit_code(all: &pb::BulkRevokeKeysResponse) -> u8 {
     if all.keys.iter().all(|key| key.revoked) { 0 } else { EXIT_REFUSED }
 }
 
-/// How many keys a dry run has found.
-fn format_found_count(answer: &pb::BulkRevokeKeysResponse) -> String {
-    let more = if answer.more { "more than " } else { "" };
-    format!("{more}{}", format_key_count(answer.keys.len(), ""))
+/// Formats the number of keys that a dry run found.
+fn format_found_count(response: &pb::BulkRevokeKeysResponse) -> String {
+    let more = if response.more { "more than " } else { "" };
+    format!("{more}{}", format_key_count(response.keys.len(), ""))
 }
 
-fn format_key_count(count: usize, then: &str) -> String {
-    format!("{count} {}{then}", if count == 1 { "key" } else { "keys" })
+fn format_key_count(count: usize, suffix: &str) -> String {
+    format!("{count} {}{suffix}", if count == 1 { "key" } else { "keys" })
 }
 
-fn render_results(results: &[pb::BulkRevokeResult], dry_run: bool, colours: bool) -> String {
-    let mut rows = ListTable::new(&["ID", "NAME", "OWNER", "ENVIRONMENT", "HINT", "RESULT"], colours);
+fn render_results(results: &[pb::BulkRevokeResult], dry_run: bool, colors: bool) -> String {
+    let mut rows = ListTable::new(&["ID", "NAME", "OWNER", "ENVIRONMENT", "HINT", "RESULT"], colors);
     for result in results {
         let nothing = pb::Key::default();
         let key = result.key.as_ref().unwrap_or(&nothing);
@@ -254,7 +254,7 @@ mod tests {
         (keys.collect(), code)
     }
 
-    fn told(keys: &[(&str, &str)]) -> Vec<(String, String)> {
+    fn expected_results(keys: &[(&str, &str)]) -> Vec<(String, String)> {
         keys.iter().map(|(id, error)| ((*id).to_owned(), (*error).to_owned())).collect()
     }
 
@@ -279,17 +279,17 @@ mod tests {
     #[test]
     fn flags_become_the_request() {
         let line = "--user ada -e dev --created-before 1d --name-prefix ci --reason owner-left --dry-run";
-        let asked =
+        let request =
             read(line).unwrap().build_request(&ManualClock::new(Timestamp::from_micros(100_000_000_000)));
-        assert_eq!((asked.user.as_str(), asked.environment.as_str()), ("ada", "dev"));
-        assert_eq!(asked.created_before.map(|at| at.seconds), Some(100_000 - 86_400));
-        assert_eq!((asked.reason(), asked.dry_run), (pb::RevokeReason::OwnerLeft, true));
+        assert_eq!((request.user.as_str(), request.environment.as_str()), ("ada", "dev"));
+        assert_eq!(request.created_before.map(|at| at.seconds), Some(100_000 - 86_400));
+        assert_eq!((request.reason(), request.dry_run), (pb::RevokeReason::OwnerLeft, true));
     }
 
     #[tokio::test]
     async fn the_server_is_asked_until_there_is_no_more() {
         let answers = vec![(vec![result("1", ""), result("2", "")], true), (vec![result("3", "")], false)];
-        assert_eq!(played(answers).await, (told(&[("1", ""), ("2", ""), ("3", "")]), 0));
+        assert_eq!(played(answers).await, (expected_results(&[("1", ""), ("2", ""), ("3", "")]), 0));
     }
 
     #[tokio::test]
@@ -298,26 +298,26 @@ mod tests {
             (vec![result("1", "CONTENDED"), result("2", "")], true),
             (vec![result("1", "CONTENDED"), result("3", "")], false),
         ];
-        assert_eq!(played(answers).await, (told(&[("2", ""), ("1", "CONTENDED"), ("3", "")]), 1));
+        assert_eq!(played(answers).await, (expected_results(&[("2", ""), ("1", "CONTENDED"), ("3", "")]), 1));
     }
 
     #[tokio::test]
     async fn keys_that_only_fail_are_not_asked_for_for_ever() {
         let answers = vec![(vec![result("1", "CONTENDED")], true)];
-        assert_eq!(played(answers).await, (told(&[("1", "CONTENDED")]), 1));
+        assert_eq!(played(answers).await, (expected_results(&[("1", "CONTENDED")]), 1));
     }
 
     #[tokio::test]
     async fn what_was_revoked_before_a_failure_is_told_all_the_same() {
-        assert_eq!(played(vec![(vec![result("1", "")], true)]).await, (told(&[("1", "")]), 2));
+        assert_eq!(played(vec![(vec![result("1", "")], true)]).await, (expected_results(&[("1", "")]), 2));
     }
 
     #[test]
     fn a_dry_run_counts_and_says_when_there_are_more() {
-        let answer = |keys, more| pb::BulkRevokeKeysResponse { keys, more, ..Default::default() };
-        assert_eq!(format_found_count(&answer(vec![result("1", "")], false)), "1 key");
+        let response = |keys, more| pb::BulkRevokeKeysResponse { keys, more, ..Default::default() };
+        assert_eq!(format_found_count(&response(vec![result("1", "")], false)), "1 key");
         assert_eq!(
-            format_found_count(&answer(vec![result("1", ""), result("2", "")], true)),
+            format_found_count(&response(vec![result("1", ""), result("2", "")], true)),
             "more than 2 keys"
         );
         assert!(render_results(&[result("1", "")], true, false).contains("would be revoked"));

@@ -1,8 +1,8 @@
-//! `keyward call_keys create`.
+//! `keyward keys create`: creates a key and delivers its token.
 
 use clap::Args;
 
-use super::policy_args::KeyPolicyArgs;
+use super::args::KeyPolicyArgs;
 use crate::{
     cli::{
         api_client::DefaultTimeout,
@@ -15,30 +15,29 @@ use crate::{
 };
 
 const CREATE_HELP: &str = "\
-Without --expires the key never ends. The token is shown once and stored nowhere: it alone goes to stdout, \
-what else there is to say to stderr; with --output json it is the field `token` (null with --write-token).
+Without --expires the key never expires. The token is shown only once and stored nowhere. Stdout has the token alone, \
+stderr everything else; with --output json it is the field `token` (null with --write-token).
 
 Example: keyward keys create --account acme --environment production --scope monitors:read --expires 90d";
 
-/// Flags of `keyward call_keys create`.
 #[derive(Debug, Args)]
 #[command(after_help = CREATE_HELP)]
 pub(in crate::cli) struct KeyCreateArgs {
-    /// The account that owns the key; an account's own callers may leave it out
+    /// The account that owns the key; optional for callers of an account
     #[arg(long, value_name = "ID", conflicts_with = "user")]
     account: Option<String>,
-    /// The user who owns the key
+    /// The user that owns the key
     #[arg(long, value_name = "ID")]
     user: Option<String>,
-    /// The one environment in which the key works; an account's own callers may leave it out
+    /// The one environment in which the key works; optional for callers of an account
     #[arg(long, short, value_name = "NAME")]
     environment: Option<String>,
     #[command(flatten)]
     policy: KeyPolicyArgs,
-    /// Start of the token, instead of the configured one
+    /// Prefix of the token, instead of the configured one
     #[arg(long)]
     prefix: Option<String>,
-    /// Makes it safe to send the request again: the same key comes back, and no second one
+    /// Makes the request safe to repeat: it returns the same key instead of creating a second one
     #[arg(long, value_name = "TEXT")]
     idempotency_key: Option<String>,
     #[command(flatten)]
@@ -48,16 +47,16 @@ pub(in crate::cli) struct KeyCreateArgs {
 impl KeyCreateArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         let session = cx.connect()?;
-        let delivery = TokenDestination::prepare(&self.token_output)?;
-        let question = build_request(self.account, self.user, self.environment, self.policy);
-        let question =
-            pb::CreateKeyRequest { prefix: self.prefix, idempotency_key: self.idempotency_key, ..question };
-        let answer = session
-            .call_keys(DefaultTimeout::Quick, question, async |mut client, request| {
+        let destination = TokenDestination::prepare(&self.token_output)?;
+        let request = build_request(self.account, self.user, self.environment, self.policy);
+        let request =
+            pb::CreateKeyRequest { prefix: self.prefix, idempotency_key: self.idempotency_key, ..request };
+        let response = session
+            .call_keys(DefaultTimeout::Quick, request, async |mut client, request| {
                 client.create(request).await
             })
             .await?;
-        delivery.deliver(cx, answer)
+        destination.deliver(cx, response)
     }
 }
 
@@ -67,7 +66,7 @@ fn build_request(
     environment: Option<String>,
     policy: KeyPolicyArgs,
 ) -> pb::CreateKeyRequest {
-    // A life is told as its length: the server's clock decides, not this machine's.
+    // A lifetime is sent as a duration, because the server's clock counts, not this machine's.
     let (expires_at, ttl) = match policy.expires {
         None | Some(ExpiryArg::Never) => (None, None),
         Some(ExpiryArg::In(life)) => (None, Some(duration_to_proto(life))),
@@ -107,34 +106,34 @@ mod tests {
         Only::try_parse_from(format!("create {line}").split_whitespace()).map(|only| only.args)
     }
 
-    fn asked(line: &str) -> pb::CreateKeyRequest {
+    fn request(line: &str) -> pb::CreateKeyRequest {
         let args = read(line).unwrap();
         build_request(args.account, args.user, args.environment, args.policy)
     }
 
     #[test]
     fn flags_become_the_request() {
-        let asked = asked(
+        let request = request(
             "--account acme --environment production --name ci --scope a:b,c:* --scope d:e --role agent \
              --customer c1,c2 --allow-cidr 10.0.0.0/8 --rate-limit calls=100/1m --rate-limit slow=5/1h \
              --quota 1000/month --metadata team=x --metadata url=a=b,c",
         );
-        assert_eq!((asked.account.as_str(), asked.user.as_str()), ("acme", ""));
-        assert_eq!(asked.scopes, ["a:b", "c:*", "d:e"]);
-        assert_eq!(asked.customers, ["c1", "c2"]);
-        assert_eq!(asked.rate_limits.len(), 2);
+        assert_eq!((request.account.as_str(), request.user.as_str()), ("acme", ""));
+        assert_eq!(request.scopes, ["a:b", "c:*", "d:e"]);
+        assert_eq!(request.customers, ["c1", "c2"]);
+        assert_eq!(request.rate_limits.len(), 2);
         assert_eq!(
-            asked.quota.map(|quota| (quota.limit, quota.period())),
+            request.quota.map(|quota| (quota.limit, quota.period())),
             Some((1000, pb::QuotaPeriod::Month))
         );
-        assert_eq!(asked.metadata["url"], "a=b,c", "a note's value is not a list");
+        assert_eq!(request.metadata["url"], "a=b,c", "a note's value is not a list");
     }
 
     #[test]
     fn a_relative_expiry_is_left_to_the_servers_clock() {
         let of = |expires: &str| {
-            let asked = asked(&format!("--environment dev --scope a:b {expires}"));
-            (asked.expires_at.map(|at| at.seconds), asked.ttl.map(|ttl| ttl.seconds))
+            let request = request(&format!("--environment dev --scope a:b {expires}"));
+            (request.expires_at.map(|at| at.seconds), request.ttl.map(|ttl| ttl.seconds))
         };
         assert_eq!(of("--expires 90d"), (None, Some(90 * 86_400)));
         assert_eq!(of("--expires 1970-01-01T00:01:00Z"), (Some(60), None));
@@ -144,8 +143,8 @@ mod tests {
 
     #[test]
     fn account_and_environment_may_be_left_to_the_server() {
-        let asked = asked("--scope a:b");
-        assert_eq!((asked.account.as_str(), asked.environment.as_str()), ("", ""));
+        let request = request("--scope a:b");
+        assert_eq!((request.account.as_str(), request.environment.as_str()), ("", ""));
     }
 
     #[test]

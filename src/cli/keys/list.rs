@@ -1,4 +1,4 @@
-//! `keyward call_keys list`.
+//! `keyward keys list`: lists the keys that match a filter.
 
 use clap::{Args, ValueEnum};
 
@@ -36,10 +36,9 @@ impl From<KeyStateArg> for pb::KeyState {
     }
 }
 
-/// Flags of `keyward call_keys list`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct KeyListArgs {
-    /// Service keys of this account; an account's own callers may leave it out
+    /// Service keys of this account; optional for callers of an account
     #[arg(long, value_name = "ID", conflicts_with = "user")]
     account: Option<String>,
     /// User keys of this user
@@ -48,14 +47,14 @@ pub(in crate::cli) struct KeyListArgs {
     /// Only keys of this environment
     #[arg(long, short, value_name = "NAME")]
     environment: Option<String>,
-    /// Only keys in this state (repeat, or separate by commas) [default: any; with --unused-since or --expires-before:
-    /// any but revoked]
+    /// Only keys in this state (repeat, or separate by commas) [default: all; with --unused-since or --expires-before:
+    /// all except revoked keys]
     #[arg(long = "state", value_enum, value_name = "STATE", value_delimiter = ',')]
     states: Vec<KeyStateArg>,
-    /// Only keys whose name starts so
+    /// Only keys whose name starts with this text
     #[arg(long, value_name = "TEXT")]
     name_prefix: Option<String>,
-    /// Only keys created before then and not used since: a duration ago (30d) or an instant (RFC 3339)
+    /// Only keys created before then and not used since then: a duration ago (30d) or an instant (RFC 3339)
     #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
     unused_since: Option<PastInstantArg>,
     /// Only keys that expire before then: a duration from now (2w) or an instant (RFC 3339)
@@ -71,22 +70,22 @@ pub(in crate::cli) struct KeyListArgs {
 impl KeyListArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         let session = cx.connect()?;
-        let question = self.build_request(&SystemClock);
+        let request = self.build_request(&SystemClock);
         let fetched = self
             .page
             .fetch_pages(async |size, page_token| {
-                let question = pb::ListKeysRequest { page_size: Some(size), page_token, ..question.clone() };
-                let answer = session
-                    .call_keys(DefaultTimeout::Quick, question, async |mut client, request| {
+                let request = pb::ListKeysRequest { page_size: Some(size), page_token, ..request.clone() };
+                let response = session
+                    .call_keys(DefaultTimeout::Quick, request, async |mut client, request| {
                         client.list(request).await
                     })
                     .await?;
-                Ok((answer.keys, answer.next_page_token))
+                Ok((response.keys, response.next_page_token))
             })
             .await?;
         let note = fetched.truncation_note();
-        let answer = pb::ListKeysResponse { keys: fetched.items, next_page_token: fetched.next_page_token };
-        cx.print_response(&answer, |colours| render_keys(&answer.keys, colours))?;
+        let response = pb::ListKeysResponse { keys: fetched.items, next_page_token: fetched.next_page_token };
+        cx.print_response(&response, |colors| render_keys(&response.keys, colors))?;
         cx.console.eprint(&note.unwrap_or_default());
         Ok(0)
     }
@@ -106,9 +105,9 @@ impl KeyListArgs {
     }
 }
 
-fn render_keys(keys: &[pb::Key], colours: bool) -> String {
+fn render_keys(keys: &[pb::Key], colors: bool) -> String {
     let header = ["ID", "NAME", "OWNER", "ENVIRONMENT", "STATE", "HINT", "GRANTS", "EXPIRES", "LAST USED"];
-    let mut rows = ListTable::new(&header, colours);
+    let mut rows = ListTable::new(&header, colors);
     for key in keys {
         rows.add_row([
             plain_cell(&key.id),
@@ -125,7 +124,7 @@ fn render_keys(keys: &[pb::Key], colours: bool) -> String {
     rows.render("No keys.")
 }
 
-/// The first grants; a list has no room for 256.
+/// Formats the first grants; a key may have 256, too many for a row.
 fn format_grants(key: &pb::Key) -> String {
     let roles = key.roles.iter().map(|role| format!("role {role}"));
     let all: Vec<String> = key.scopes.iter().cloned().chain(roles).collect();
@@ -153,12 +152,12 @@ mod tests {
         let line = "list --account acme --environment dev --state active,revoked --name-prefix ci \
                     --unused-since 1d --expires-before 1d --created-before 2d";
         let args = Only::try_parse_from(line.split_whitespace()).unwrap().args;
-        let asked = args.build_request(&ManualClock::new(Timestamp::from_micros(100_000_000_000)));
-        assert_eq!((asked.account.as_str(), asked.environment.as_str()), ("acme", "dev"));
-        assert_eq!(asked.states, [pb::KeyState::Active as i32, pb::KeyState::Revoked as i32]);
-        assert_eq!(asked.unused_since.map(|at| at.seconds), Some(100_000 - 86_400));
-        assert_eq!(asked.expires_before.map(|at| at.seconds), Some(100_000 + 86_400));
-        assert_eq!(asked.created_before.map(|at| at.seconds), Some(100_000 - 2 * 86_400));
+        let request = args.build_request(&ManualClock::new(Timestamp::from_micros(100_000_000_000)));
+        assert_eq!((request.account.as_str(), request.environment.as_str()), ("acme", "dev"));
+        assert_eq!(request.states, [pb::KeyState::Active as i32, pb::KeyState::Revoked as i32]);
+        assert_eq!(request.unused_since.map(|at| at.seconds), Some(100_000 - 86_400));
+        assert_eq!(request.expires_before.map(|at| at.seconds), Some(100_000 + 86_400));
+        assert_eq!(request.created_before.map(|at| at.seconds), Some(100_000 - 2 * 86_400));
     }
 
     #[test]

@@ -1,10 +1,10 @@
-//! `keyward call_keys disable`, `enable`, `rotate`, `finish-rotation` and `revoke`.
+//! `keyward keys disable`, `enable`, `rotate`, `finish-rotation` and `revoke`: changes of one key's state.
 
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
-use super::{KeyIdArgs, describe_key_or_empty};
+use super::args::{KeyIdArgs, RevokeReasonArg, describe_key_or_empty};
 use crate::{
     cli::{
         api_client::DefaultTimeout,
@@ -19,72 +19,66 @@ use crate::{
     pb,
 };
 
-/// A changed key, and how far the change has reached.
+/// Renders a changed key and how far the change has propagated.
 pub(super) fn render_changed_key(
     key: Option<&pb::Key>,
     revision: u64,
     propagation: Option<&pb::Propagation>,
-    colours: bool,
+    colors: bool,
 ) -> String {
     format!(
         "{}\n{}",
-        describe_key_or_empty(key).render(colours),
+        describe_key_or_empty(key).render(colors),
         text_output::format_propagation(revision, propagation)
     )
 }
 
-/// Asks for one change of one key, and shows the key after it.
+/// Defines a function that requests one change of a key and shows the changed key.
 macro_rules! define_key_change {
-    ($(#[$doc:meta])* $name:ident, $request:ident) => {
-        $(#[$doc])*
+    ($name:ident, $request:ident) => {
         pub(super) async fn $name(cx: &mut CommandContext<'_>, id: String) -> Result<u8, CliError> {
-            let answer = cx
+            let response = cx
                 .connect()?
                 .call_keys(DefaultTimeout::Propagation, pb::$request { id }, async |mut client, request| {
                     client.$name(request).await
                 })
                 .await?;
-            cx.print_response(&answer, |colours| {
-                render_changed_key(answer.key.as_ref(), answer.revision, answer.propagation.as_ref(), colours)
+            cx.print_response(&response, |colors| {
+                render_changed_key(
+                    response.key.as_ref(),
+                    response.revision,
+                    response.propagation.as_ref(),
+                    colors,
+                )
             })?;
             Ok(0)
         }
     };
 }
 
-define_key_change!(
-    /// Refuses a key until it is enabled again.
-    disable, DisableKeyRequest
-);
-define_key_change!(
-    /// Ends what disable began.
-    enable, EnableKeyRequest
-);
-define_key_change!(
-    /// Ends a rotation's overlap.
-    finish_rotation, FinishRotationRequest
-);
+define_key_change!(disable, DisableKeyRequest);
+define_key_change!(enable, EnableKeyRequest);
+define_key_change!(finish_rotation, FinishRotationRequest);
 
-/// Flags of `keyward call_keys finish-rotation`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct FinishRotationArgs {
     #[command(flatten)]
     key: KeyIdArgs,
-    /// Do not ask first
+    /// Do not ask for confirmation
     #[arg(long, short)]
     yes: bool,
 }
 
 impl FinishRotationArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        let question = format!("Stop the old token of key {} now, for ever?", shown_value(&self.key.id));
+        let question = format!("Permanently stop the old token of key {} now?", shown_value(&self.key.id));
         cx.console.confirm(&question, self.yes)?;
         finish_rotation(cx, self.key.id).await
     }
 }
 
-/// When the old token of a rotation stops. There is no default: one breaks what still uses it, the other leaves a stolen
-/// token working.
+/// When the old token of a rotation stops. There is no default: `--now` breaks programs that still use it, `--overlap`
+/// leaves a stolen token working.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 struct OldTokenArgs {
@@ -96,14 +90,13 @@ struct OldTokenArgs {
     now: bool,
 }
 
-/// Flags of `keyward call_keys rotate`.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct KeyRotateArgs {
     #[command(flatten)]
     key: KeyIdArgs,
     #[command(flatten)]
     old_token: OldTokenArgs,
-    /// Makes it safe to send the request again: the key is rotated once
+    /// Makes the request safe to repeat: the key is rotated only once
     #[arg(long, value_name = "TEXT")]
     idempotency_key: Option<String>,
     #[command(flatten)]
@@ -113,81 +106,61 @@ pub(in crate::cli) struct KeyRotateArgs {
 impl KeyRotateArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
         let session = cx.connect()?;
-        let delivery = TokenDestination::prepare(&self.token_output)?;
-        let question = pb::RotateKeyRequest {
+        let destination = TokenDestination::prepare(&self.token_output)?;
+        let request = pb::RotateKeyRequest {
             id: self.key.id,
             overlap: self.old_token.overlap.map(duration_to_proto),
             idempotency_key: self.idempotency_key,
         };
-        let answer = session
-            .call_keys(DefaultTimeout::Propagation, question, async |mut client, request| {
+        let response = session
+            .call_keys(DefaultTimeout::Propagation, request, async |mut client, request| {
                 client.rotate(request).await
             })
             .await?;
-        delivery.deliver(cx, answer)
+        destination.deliver(cx, response)
     }
 }
 
-/// Why a key is revoked.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(super) enum RevokeReasonArg {
-    /// The token is known to somebody who should not know it
-    Compromised,
-    /// Another key has taken its place
-    Superseded,
-    /// Whatever used it is gone
-    NoLongerNeeded,
-    /// The person or team behind it has left
-    OwnerLeft,
-}
-
-impl From<RevokeReasonArg> for pb::RevokeReason {
-    fn from(why: RevokeReasonArg) -> pb::RevokeReason {
-        match why {
-            RevokeReasonArg::Compromised => pb::RevokeReason::Compromised,
-            RevokeReasonArg::Superseded => pb::RevokeReason::Superseded,
-            RevokeReasonArg::NoLongerNeeded => pb::RevokeReason::NoLongerNeeded,
-            RevokeReasonArg::OwnerLeft => pb::RevokeReason::OwnerLeft,
-        }
-    }
-}
-
-/// Flags of `keyward call_keys revoke`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Once this is done, every check that starts afterwards is refused, on every replica. \
-    It waits for that, by default up to 90s."
+    after_help = "When the command succeeds, every later check of the key is denied on every replica. \
+    The command waits for that, by default up to 90s."
 )]
 pub(in crate::cli) struct KeyRevokeArgs {
     #[command(flatten)]
     key: KeyIdArgs,
-    /// Why
+    /// Why the key is revoked, for the audit log
     #[arg(long, value_enum, value_name = "REASON")]
     reason: Option<RevokeReasonArg>,
     /// Text for the audit log
     #[arg(long, value_name = "TEXT")]
     comment: Option<String>,
-    /// Do not ask first
+    /// Do not ask for confirmation
     #[arg(long, short)]
     yes: bool,
 }
 
 impl KeyRevokeArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        cx.console.confirm(&format!("Revoke key {} for ever?", shown_value(&self.key.id)), self.yes)?;
-        let question = pb::RevokeKeyRequest {
+        cx.console.confirm(&format!("Permanently revoke key {}?", shown_value(&self.key.id)), self.yes)?;
+        let request = pb::RevokeKeyRequest {
             id: self.key.id,
             reason: self.reason.map_or(pb::RevokeReason::Unspecified, Into::into).into(),
             comment: self.comment.unwrap_or_default(),
         };
-        let answer = cx
+        let response = cx
             .connect()?
-            .call_keys(DefaultTimeout::Propagation, question, async |mut client, request| {
+            .call_keys(DefaultTimeout::Propagation, request, async |mut client, request| {
                 client.revoke(request).await
             })
             .await?;
-        cx.print_response(&answer, |colours| {
-            render_changed_key(answer.key.as_ref(), answer.revision, answer.propagation.as_ref(), colours)
+        cx.print_response(&response, |colors| {
+            render_changed_key(
+                response.key.as_ref(),
+                response.revision,
+                response.propagation.as_ref(),
+                colors,
+            )
         })?;
         Ok(0)
     }

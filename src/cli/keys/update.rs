@@ -1,13 +1,16 @@
-//! `keyward call_keys call_update`: the flags that are given are the update mask.
+//! `keyward keys update`: changes a key's fields. The given flags are the update mask.
 //!
-//! The server takes no expected revision with an update. So a change of some scopes is read back after a while, and made
-//! again if somebody else, who had read the scopes before it, has overwritten it.
+//! The server takes no expected revision with an update. So a change of single scopes is read back after a delay, and
+//! repeated if a concurrent writer, which had read the scopes before it, has overwritten it.
 
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use super::{KeyIdArgs, policy_args::KeyPolicyArgs, state_change};
+use super::{
+    args::{KeyIdArgs, KeyPolicyArgs},
+    state_change,
+};
 use crate::{
     cli::{
         api_client::{ApiClient, DefaultTimeout},
@@ -19,7 +22,7 @@ use crate::{
     pb,
 };
 
-/// A field that can be emptied.
+/// A field that `--clear` can empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum ClearableField {
     Name,
@@ -34,7 +37,7 @@ enum ClearableField {
 }
 
 impl ClearableField {
-    /// Its path in the update mask.
+    /// Returns the field's path in the update mask.
     fn mask_path(self) -> &'static str {
         match self {
             ClearableField::Name => "name",
@@ -50,13 +53,13 @@ impl ClearableField {
     }
 }
 
-/// Changes of the scopes that a key has.
+/// Flags that add and remove single scopes.
 #[derive(Debug, Default, Args)]
 struct ScopeChangeArgs {
-    /// Scope to grant beside those that the key has (repeat, or separate by commas)
+    /// Scope to add to those that the key has (repeat, or separate by commas)
     #[arg(long = "add-scope", value_name = "SCOPE", value_delimiter = ',', conflicts_with = "scopes")]
     add: Vec<String>,
-    /// Scope to take away from those that the key has (repeat, or separate by commas)
+    /// Scope to remove from those that the key has (repeat, or separate by commas)
     #[arg(long = "remove-scope", value_name = "SCOPE", value_delimiter = ',', conflicts_with = "scopes")]
     remove: Vec<String>,
 }
@@ -66,13 +69,12 @@ impl ScopeChangeArgs {
         !self.add.is_empty() || !self.remove.is_empty()
     }
 
-    /// Whether these scopes are as the change leaves them.
+    /// Whether these scopes already include the change.
     fn is_applied_to(&self, scopes: &[String]) -> bool {
         self.add.iter().all(|scope| scopes.contains(scope))
             && !self.remove.iter().any(|scope| scopes.contains(scope))
     }
 
-    /// The scopes after the change.
     fn apply_to(&self, scopes: &[String]) -> Vec<String> {
         let mut scopes = scopes.to_vec();
         for scope in &self.add {
@@ -84,33 +86,30 @@ impl ScopeChangeArgs {
         scopes
     }
 
-    /// The scopes of a key after the change.
+    /// Like [`Self::apply_to`], but refuses a change that has no effect.
     fn apply_checked(&self, key: &pb::Key) -> Result<Vec<String>, CliError> {
         if let Some(both) = self.add.iter().find(|scope| self.remove.contains(scope)) {
             return Err(CliError::new(format!("{both} is both added and removed")));
         }
         if let Some(missing) = self.remove.iter().find(|scope| !key.scopes.contains(scope)) {
             let has = if key.scopes.is_empty() { "none".to_owned() } else { key.scopes.join(", ") };
-            return Err(CliError::refused(format!(
-                "the key has no scope {missing} to take away; it has {has}"
-            )));
+            return Err(CliError::refused(format!("the key has no scope {missing} to remove; it has {has}")));
         }
         let scopes = self.apply_to(&key.scopes);
         if scopes == key.scopes {
-            return Err(CliError::refused("the key has these scopes already; nothing was changed"));
+            return Err(CliError::refused("the key already has these scopes; nothing was changed"));
         }
         Ok(scopes)
     }
 }
 
-/// Flags of `keyward call_keys call_update`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "A flag replaces the whole field: --scope a:b leaves the key with that scope alone, and \
-    --metadata with those notes alone; standard error shows what --scope took away. --add-scope and --remove-scope read the \
-    scopes that the key has, write them whole, read them back, and write them again if somebody else has overwritten the \
-    change. Exit code 1: it was overwritten each time. A warning shows whose change this one may have overwritten, if the \
-    token may read the audit log. What no flag names stays as it is."
+    after_help = "A flag replaces the whole field: with --scope a:b the key has only that scope, and --metadata replaces \
+    all metadata; stderr shows the scopes that --scope removed. --add-scope and --remove-scope read the key's \
+    scopes, write all of them, read them back, and repeat the change if another writer has overwritten it. \
+    Exit code 1: it was overwritten each time. A warning names the writer whose change this one may have overwritten, if \
+    the token may read the audit log. Fields without a flag are not changed."
 )]
 pub(in crate::cli) struct KeyUpdateArgs {
     #[command(flatten)]
@@ -119,30 +118,29 @@ pub(in crate::cli) struct KeyUpdateArgs {
     policy: KeyPolicyArgs,
     #[command(flatten)]
     scope_changes: ScopeChangeArgs,
-    /// Empty this field (repeat, or separate by commas); taking a restriction away widens what the key may do
+    /// Empty this field (repeat, or separate by commas); clearing a restriction widens what the key may do
     #[arg(long, value_name = "FIELD", value_enum, value_delimiter = ',')]
     clear: Vec<ClearableField>,
 }
 
 impl KeyUpdateArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        let mut question = build_request(&self, &SystemClock)?;
+        let mut request = build_request(&self, &SystemClock)?;
         let session = cx.connect()?;
         let before = match (self.scope_changes.has_changes(), self.policy.scopes.is_empty()) {
             (true, _) => Some(read_key(&session, &self.key.id).await?),
-            // Only for the note about what is replaced: a caller may be allowed to write keys and not to read them.
+            // Only for the note about replaced scopes, so a failure is ignored: a caller may write keys but not read them.
             (false, false) => read_key(&session, &self.key.id).await.ok(),
             (false, true) => None,
         };
-        if let (true, Some(before), Some(key)) =
-            (self.scope_changes.has_changes(), &before, &mut question.key)
+        if let (true, Some(before), Some(key)) = (self.scope_changes.has_changes(), &before, &mut request.key)
         {
             key.scopes = self.scope_changes.apply_checked(before)?;
         }
-        let mut answer = call_update(&session, question).await?;
-        // Before anything else is done: it tells of the changes since this key was read.
+        let mut response = call_update(&session, request).await?;
+        // Right after the update, so that it finds only changes between the reading of the key and the update.
         let between = match &before {
-            Some(before) => find_concurrent_change(&session, before, answer.revision).await,
+            Some(before) => find_concurrent_change(&session, before, response.revision).await,
             None => None,
         };
         if self.scope_changes.has_changes() {
@@ -150,18 +148,18 @@ impl KeyUpdateArgs {
                 wait_for_other_writers().await;
                 read_key(&session, &self.key.id).await
             };
-            let again = async |question| call_update(&session, question).await;
-            answer = reapply_until_kept(&self.scope_changes, answer, keep, again).await?;
+            let again = async |request| call_update(&session, request).await;
+            response = reapply_until_kept(&self.scope_changes, response, keep, again).await?;
         }
-        cx.print_response(&answer, |colours| {
+        cx.print_response(&response, |colors| {
             state_change::render_changed_key(
-                answer.key.as_ref(),
-                answer.revision,
-                answer.propagation.as_ref(),
-                colours,
+                response.key.as_ref(),
+                response.revision,
+                response.propagation.as_ref(),
+                colors,
             )
         })?;
-        if let (Some(before), Some(after)) = (&before, &answer.key) {
+        if let (Some(before), Some(after)) = (&before, &response.key) {
             cx.console.eprint(&describe_scope_diff(&before.scopes, &after.scopes));
             between.into_iter().for_each(|between| cx.console.eprint(&between));
         }
@@ -169,13 +167,13 @@ impl KeyUpdateArgs {
     }
 }
 
-/// After this long, and up to twice as long, a change of scopes is read back: others who had read the scopes before it
-/// have written theirs by then.
+/// A change of scopes is read back after one to two times this delay, when writers that had read the old scopes have
+/// written theirs.
 const READ_BACK_DELAY: Duration = Duration::from_millis(400);
-/// So often a change of scopes is made.
+/// The limit of attempts to change scopes.
 const MAX_ATTEMPTS: u32 = 10;
 
-/// Waits until writes that others were about to make are made; not as long as they wait.
+/// Waits until concurrent writers have written. The delay is random, so that concurrent updates do not wait in lockstep.
 async fn wait_for_other_writers() {
     let [share] = random_bytes::<1>(&SystemEntropy).unwrap_or([128]);
     tokio::time::sleep(READ_BACK_DELAY + READ_BACK_DELAY * u32::from(share) / 256).await;
@@ -183,54 +181,54 @@ async fn wait_for_other_writers() {
 
 async fn call_update(
     session: &ApiClient,
-    question: pb::UpdateKeyRequest,
+    request: pb::UpdateKeyRequest,
 ) -> Result<pb::UpdateKeyResponse, CliError> {
     session
-        .call_keys(DefaultTimeout::Propagation, question, async |mut client, request| {
+        .call_keys(DefaultTimeout::Propagation, request, async |mut client, request| {
             client.update(request).await
         })
         .await
 }
 
-/// Reads a key until a change of its scopes is in it, and makes the change again where it is not. Gives the last answer.
+/// Reads the key until it has the change of scopes, and repeats the change if it is missing. Returns the last response.
 async fn reapply_until_kept(
     change: &ScopeChangeArgs,
-    mut answer: pb::UpdateKeyResponse,
+    mut response: pb::UpdateKeyResponse,
     mut read_later: impl AsyncFnMut() -> Result<pb::Key, CliError>,
     mut update: impl AsyncFnMut(pb::UpdateKeyRequest) -> Result<pb::UpdateKeyResponse, CliError>,
 ) -> Result<pb::UpdateKeyResponse, CliError> {
-    for tried in 1..=MAX_ATTEMPTS {
+    for attempt in 1..=MAX_ATTEMPTS {
         let key = read_later()
             .await
-            .map_err(|failure| failure.with_context("the scopes were changed; reading them back"))?;
+            .map_err(|failure| failure.with_context("the scopes were changed; reading them back failed"))?;
         if change.is_applied_to(&key.scopes) {
-            return Ok(answer);
+            return Ok(response);
         }
-        if tried < MAX_ATTEMPTS {
-            // The scopes alone: what else was changed with them is not written over later changes.
+        if attempt < MAX_ATTEMPTS {
+            // Only the scopes, so that the repeated update does not overwrite later changes of other fields.
             let paths = vec![ClearableField::Scopes.mask_path().to_owned()];
             let key = pb::Key { scopes: change.apply_to(&key.scopes), id: key.id, ..Default::default() };
-            let question =
+            let request =
                 pb::UpdateKeyRequest { key: Some(key), update_mask: Some(prost_types::FieldMask { paths }) };
-            answer = update(question).await.map_err(|failure| {
-                failure.with_context("another change has overwritten this one of the scopes; making it again")
+            response = update(request).await.map_err(|failure| {
+                failure.with_context("another change overwrote this one; repeating it failed")
             })?;
         }
     }
-    let lost =
-        format!("other changes of this key have overwritten this one of its scopes {MAX_ATTEMPTS} times");
-    Err(CliError::refused(lost).with_hint("look at the key, and do it again when nobody else changes it"))
+    let lost = format!("other changes of this key overwrote this change of its scopes {MAX_ATTEMPTS} times");
+    Err(CliError::refused(lost)
+        .with_hint("check the key, and repeat the command when nothing else changes it"))
 }
 
 async fn read_key(session: &ApiClient, id: &str) -> Result<pb::Key, CliError> {
-    let question = pb::GetKeyRequest { id: id.to_owned() };
-    let answer = session
-        .call_keys(DefaultTimeout::Quick, question, async |mut client, request| client.get(request).await)
+    let request = pb::GetKeyRequest { id: id.to_owned() };
+    let response = session
+        .call_keys(DefaultTimeout::Quick, request, async |mut client, request| client.get(request).await)
         .await?;
-    answer.key.ok_or_else(|| CliError::new("the server's answer holds no key"))
+    response.key.ok_or_else(|| CliError::new("the server's response has no key"))
 }
 
-/// The scopes that a key has lost, and those that it has gained.
+/// Describes the scopes that a key lost and gained.
 fn describe_scope_diff(before: &[String], after: &[String]) -> String {
     let only = |these: &[String], those: &[String]| {
         let only: Vec<_> =
@@ -240,32 +238,32 @@ fn describe_scope_diff(before: &[String], after: &[String]) -> String {
     if before == after {
         return String::new();
     }
-    format!("Scopes taken away: {}; granted: {}.\n", only(before, after), only(after, before))
+    format!("Scopes removed: {}; added: {}.\n", only(before, after), only(after, before))
 }
 
-/// A warning of a change that somebody else made between the reading of a key and the change of this revision. The
-/// server takes no expected revision with an update, so the audit log is asked, if the caller may read it.
+/// Returns a warning if another caller changed the key after it was read and before `revision`. The audit log shows such
+/// changes, if the caller may read it.
 async fn find_concurrent_change(session: &ApiClient, before: &pb::Key, revision: u64) -> Option<String> {
-    let question = pb::ListAuditEntriesRequest {
+    let request = pb::ListAuditEntriesRequest {
         key_id: before.id.clone(),
         oldest_first: true,
         after_revision: before.revision,
         page_size: Some(2),
         ..Default::default()
     };
-    let answer = session
-        .call_audit(DefaultTimeout::Quick, question, async |mut client, request| client.list(request).await)
+    let response = session
+        .call_audit(DefaultTimeout::Quick, request, async |mut client, request| client.list(request).await)
         .await
         .ok()?;
-    format_overwrite_warning(&answer.entries, revision)
+    format_overwrite_warning(&response.entries, revision)
 }
 
-/// The warning of the first of a key's entries that comes before the change of this revision.
+/// Formats a warning about the key's first entry before `revision`.
 fn format_overwrite_warning(entries: &[pb::AuditEntry], revision: u64) -> Option<String> {
     let other = entries.iter().find(|entry| entry.revision < revision)?;
     Some(format!(
-        "warning: {} changed this key meanwhile (revision {}, {}): what it did to the scopes may be overwritten. Look \
-         at the key\n",
+        "warning: {} changed this key meanwhile (revision {}, {}): its change of the scopes may be overwritten. Check \
+         the key\n",
         escape_terminal(&other.actor),
         other.revision,
         escape_terminal(&other.action)
@@ -278,15 +276,16 @@ fn build_request(args: &KeyUpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKe
         given.push(ClearableField::Scopes);
     }
     if let Some(both) = args.clear.iter().find(|field| given.contains(field)) {
-        return Err(CliError::new(format!("{} is both cleared and given a value", both.mask_path())));
+        return Err(CliError::new(format!("{} is both cleared and set", both.mask_path())));
     }
     let mut paths: Vec<String> =
         given.iter().chain(&args.clear).map(|field| field.mask_path().to_owned()).collect();
     paths.sort();
     paths.dedup();
     if paths.is_empty() {
-        return Err(CliError::new("nothing to change")
-            .with_hint("name what to change, such as --name, or --clear FIELD"));
+        return Err(
+            CliError::new("nothing to change").with_hint("use a flag such as --name, or --clear FIELD")
+        );
     }
     let policy = &args.policy;
     let key = pb::Key {
@@ -305,7 +304,7 @@ fn build_request(args: &KeyUpdateArgs, clock: &dyn Clock) -> Result<pb::UpdateKe
     Ok(pb::UpdateKeyRequest { key: Some(key), update_mask: Some(prost_types::FieldMask { paths }) })
 }
 
-/// The fields that flags give a value.
+/// Returns the fields that the flags set.
 fn given_fields(policy: &KeyPolicyArgs) -> Vec<ClearableField> {
     let KeyPolicyArgs {
         name,
@@ -347,7 +346,7 @@ mod tests {
         args: KeyUpdateArgs,
     }
 
-    fn asked(line: &str) -> Result<(pb::Key, Vec<String>), String> {
+    fn parse_update(line: &str) -> Result<(pb::Key, Vec<String>), String> {
         let only = Only::try_parse_from(format!("update 0197 {line}").split_whitespace())
             .map_err(|e| e.to_string())?;
         let clock = ManualClock::new(Timestamp::from_micros(0));
@@ -357,7 +356,7 @@ mod tests {
 
     #[test]
     fn the_flags_that_are_given_are_the_mask() {
-        let (key, paths) = asked("--name new --scope a:b,c:d --expires 1d --quota 5/day").unwrap();
+        let (key, paths) = parse_update("--name new --scope a:b,c:d --expires 1d --quota 5/day").unwrap();
         assert_eq!(paths, ["expires_at", "name", "quota", "scopes"]);
         assert_eq!((key.id.as_str(), key.name.as_str()), ("0197", "new"));
         assert_eq!(key.expires_at.map(|at| at.seconds), Some(86_400));
@@ -366,7 +365,7 @@ mod tests {
     #[test]
     fn every_field_can_be_cleared() {
         let all = "name,scopes,roles,expires-at,customers,allowed-cidrs,rate-limits,quota,metadata";
-        let (key, paths) = asked(&format!("--clear {all}")).unwrap();
+        let (key, paths) = parse_update(&format!("--clear {all}")).unwrap();
         assert_eq!(paths.len(), 9);
         assert_eq!(key, pb::Key { id: "0197".into(), ..Default::default() });
     }
@@ -385,17 +384,17 @@ mod tests {
         assert_eq!(apply(&["e:f"], &["a:b"]), Ok(scopes(&["c:d", "e:f"])));
         assert_eq!(apply(&["a:b", "e:f"], &[]), Ok(scopes(&["a:b", "c:d", "e:f"])));
         assert_eq!(apply(&[], &["a:b", "c:d"]), Ok(vec![]));
-        assert!(apply(&[], &["x:y"]).unwrap_err().contains("no scope x:y to take away; it has a:b, c:d"));
+        assert!(apply(&[], &["x:y"]).unwrap_err().contains("no scope x:y to remove; it has a:b, c:d"));
         assert!(apply(&["a:b"], &["a:b"]).unwrap_err().contains("both added and removed"));
         assert!(apply(&["a:b"], &[]).unwrap_err().contains("nothing was changed"));
         for bad in ["--scope a:b --add-scope c:d", "--clear scopes --remove-scope a:b"] {
-            assert!(asked(bad).is_err(), "{bad}");
+            assert!(parse_update(bad).is_err(), "{bad}");
         }
-        assert_eq!(asked("--add-scope a:b").unwrap().1, ["scopes"]);
+        assert_eq!(parse_update("--add-scope a:b").unwrap().1, ["scopes"]);
     }
 
-    /// Plays writers who have each read the key before another wrote: the scopes before each reading back. What comes of
-    /// adding `s:1` and removing `a:b`.
+    /// Adds `s:1` and removes `a:b` while other writers replace the scopes: each element has the scopes at one read-back.
+    /// Returns the result and the number of updates.
     async fn kept(overwritten_with: &[&[&str]]) -> (Result<Vec<String>, String>, usize) {
         let change = ScopeChangeArgs { add: scopes(&["s:1"]), remove: scopes(&["a:b"]) };
         let stored = std::cell::RefCell::new(scopes(&["s:1"]));
@@ -407,9 +406,9 @@ mod tests {
                 others.next().into_iter().for_each(|other| *stored.borrow_mut() = scopes(other));
                 Ok(pb::Key { scopes: stored.borrow().clone(), ..Default::default() })
             },
-            async |question| {
-                assert_eq!(question.update_mask.unwrap().paths, ["scopes"]);
-                *stored.borrow_mut() = question.key.unwrap().scopes;
+            async |request| {
+                assert_eq!(request.update_mask.unwrap().paths, ["scopes"]);
+                *stored.borrow_mut() = request.key.unwrap().scopes;
                 writes.set(writes.get() + 1);
                 Ok(pb::UpdateKeyResponse::default())
             },
@@ -433,9 +432,9 @@ mod tests {
     #[test]
     fn what_a_list_of_scopes_replaces_is_said() {
         let shown = describe_scope_diff(&scopes(&["a:b", "c:d"]), &scopes(&["c:d", "e:f"]));
-        assert_eq!(shown, "Scopes taken away: a:b; granted: e:f.\n");
+        assert_eq!(shown, "Scopes removed: a:b; added: e:f.\n");
         assert_eq!(describe_scope_diff(&scopes(&["a:b"]), &scopes(&["a:b"])), "");
-        assert_eq!(describe_scope_diff(&scopes(&["a:b"]), &[]), "Scopes taken away: a:b; granted: none.\n");
+        assert_eq!(describe_scope_diff(&scopes(&["a:b"]), &[]), "Scopes removed: a:b; added: none.\n");
     }
 
     #[test]
@@ -456,14 +455,14 @@ mod tests {
 
     #[test]
     fn never_clears_the_expiry() {
-        let (key, paths) = asked("--expires never").unwrap();
+        let (key, paths) = parse_update("--expires never").unwrap();
         assert_eq!((paths, key.expires_at), (vec!["expires_at".to_owned()], None));
     }
 
     #[test]
     fn a_field_is_not_both_cleared_and_given() {
-        assert!(asked("--clear name --name x").unwrap_err().contains("name is both cleared and given"));
-        assert!(asked("").unwrap_err().contains("nothing to change"));
-        assert!(asked("--clear id").unwrap_err().contains("possible values"));
+        assert!(parse_update("--clear name --name x").unwrap_err().contains("name is both cleared and set"));
+        assert!(parse_update("").unwrap_err().contains("nothing to change"));
+        assert!(parse_update("--clear id").unwrap_err().contains("possible values"));
     }
 }

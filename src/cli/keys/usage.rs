@@ -1,4 +1,4 @@
-//! `keyward call_keys usage`: how often a key was allowed and denied, as bars.
+//! `keyward keys usage`: shows as a bar chart how often a key was allowed and denied.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -20,29 +20,28 @@ use crate::{
 
 const SECONDS_PER_HOUR: i64 = 3_600;
 const SECONDS_PER_DAY: i64 = 86_400;
-/// How many characters the longest bar has.
+/// The length of the longest bar in characters.
 const BAR_WIDTH: u64 = 40;
 /// Bars grow by eighths of a character.
 const EIGHTHS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'];
-/// So many steps without a Check are told in one line.
+/// From this many on, consecutive steps without a Check share one line.
 const MIN_COLLAPSED_STEPS: i64 = 4;
 
-/// Flags of `keyward call_keys usage`.
 #[derive(Debug, Args)]
 #[command(after_help = "Counts are kept by the hour for 90 days. Times are UTC.
 
 Example: keyward keys usage 0197c0de-0000-7000-8000-000000000000 --from 14d --step 1d")]
 pub(in crate::cli) struct KeyUsageArgs {
     #[command(flatten)]
-    key: super::KeyIdArgs,
-    /// From the step that holds this instant: a duration ago (12h) or an instant (RFC 3339) [default: 24 steps
+    key: super::args::KeyIdArgs,
+    /// Start with the step that contains this instant: a duration ago (12h) or an instant (RFC 3339) [default: 24 steps
     /// of less than a day, or 30 days]
     #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
     from: Option<PastInstantArg>,
-    /// To the end of the hour of this instant [default: now]
+    /// End with the hour that contains this instant [default: now]
     #[arg(long, value_name = "WHEN", value_parser = PastInstantArg::parse)]
     to: Option<PastInstantArg>,
-    /// Length of a step, in full hours: 1h, 6h, 1d; steps of full days begin at midnight UTC
+    /// Length of a step in full hours: 1h, 6h, 1d; steps of full days start at midnight UTC
     #[arg(long, value_name = "DURATION", value_parser = parse_step, default_value = "1h")]
     step: Duration,
 }
@@ -59,19 +58,19 @@ fn parse_step(text: &str) -> Result<Duration, String> {
 
 impl KeyUsageArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>) -> Result<u8, CliError> {
-        let (step, question) = (step_seconds(self.step), self.build_request(&SystemClock));
-        let from = question.from.map_or(0, |from| from.seconds);
-        let answer = cx
+        let (step, request) = (step_seconds(self.step), self.build_request(&SystemClock));
+        let from = request.from.map_or(0, |from| from.seconds);
+        let response = cx
             .connect()?
-            .call_keys(DefaultTimeout::Quick, question, async |mut client, request| {
+            .call_keys(DefaultTimeout::Quick, request, async |mut client, request| {
                 client.usage(request).await
             })
             .await?;
-        cx.print_response(&answer, |colours| render_usage(&answer, from, step, colours))?;
+        cx.print_response(&response, |colors| render_usage(&response, from, step, colors))?;
         Ok(0)
     }
 
-    /// The server counts steps from `from` on, so it is put where a step begins.
+    /// Builds the request. The server counts steps from `from`, so it is aligned to the start of a step.
     fn build_request(&self, clock: &dyn Clock) -> pb::KeyUsageRequest {
         let step = step_seconds(self.step);
         let grid = if step % SECONDS_PER_DAY == 0 { SECONDS_PER_DAY } else { SECONDS_PER_HOUR };
@@ -102,23 +101,23 @@ fn step_seconds(step: Duration) -> i64 {
     i64::try_from(step.as_secs()).unwrap_or(i64::MAX).max(SECONDS_PER_HOUR)
 }
 
-/// The bars, the sums, and the reasons of the denials.
-fn render_usage(answer: &pb::KeyUsageResponse, from: i64, step: i64, colours: bool) -> String {
-    if answer.buckets.is_empty() {
+/// Renders the bars, the totals and the reasons of denials.
+fn render_usage(response: &pb::KeyUsageResponse, from: i64, step: i64, colors: bool) -> String {
+    if response.buckets.is_empty() {
         return "No checks.\n".to_owned();
     }
-    let most = answer.buckets.iter().map(|bucket| bucket.allowed.saturating_add(bucket.denied)).max();
-    let (scale, mut at, mut text) = (most.unwrap_or(0).max(1), from, String::new());
-    for bucket in &answer.buckets {
+    let largest = response.buckets.iter().map(|bucket| bucket.allowed.saturating_add(bucket.denied)).max();
+    let (scale, mut at, mut text) = (largest.unwrap_or(0).max(1), from, String::new());
+    for bucket in &response.buckets {
         let start = bucket.start.map_or(at, |start| start.seconds);
         text.push_str(&render_idle_steps(at, start, step));
-        text.push_str(&render_step(start, step, bucket, scale, colours));
+        text.push_str(&render_step(start, step, bucket, scale, colors));
         at = start.saturating_add(step);
     }
-    text + "\n" + &render_totals(answer, colours)
+    text + "\n" + &render_totals(response, colors)
 }
 
-/// The steps from `at` up to `start`, in which nothing was asked.
+/// Renders the steps from `at` to `start`, which have no Checks.
 fn render_idle_steps(at: i64, start: i64, step: i64) -> String {
     let steps = start.saturating_sub(at).max(0) / step;
     if steps >= MIN_COLLAPSED_STEPS {
@@ -127,16 +126,16 @@ fn render_idle_steps(at: i64, start: i64, step: i64) -> String {
     (0..steps).map(|n| format!("{}  0\n", format_step_start(at + n * step, step))).collect()
 }
 
-/// When a step begins: `2026-01-31 14:00`, or the day alone.
+/// Formats the start of a step: `2026-01-31 14:00`, or only the day.
 fn format_step_start(start: i64, step: i64) -> String {
     let instant = format_rfc3339(&Timestamp { seconds: start, nanos: 0 });
     let length = if step % SECONDS_PER_DAY == 0 { 10 } else { 16 };
     format!("{:16}", instant.get(..length).unwrap_or(&instant).replace('T', " "))
 }
 
-fn render_step(start: i64, step: i64, bucket: &pb::UsageBucket, scale: u64, colours: bool) -> String {
-    let allowed = colorize(&render_allowed_bar(bucket.allowed, scale), "32", colours);
-    let denied = colorize(&render_denied_bar(bucket.denied, scale), "31", colours);
+fn render_step(start: i64, step: i64, bucket: &pb::UsageBucket, scale: u64, colors: bool) -> String {
+    let allowed = colorize(&render_allowed_bar(bucket.allowed, scale), "32", colors);
+    let denied = colorize(&render_denied_bar(bucket.denied, scale), "31", colors);
     let mut counts = bucket.allowed.to_string();
     if bucket.denied > 0 {
         counts.push_str(&format!(" + {} denied", bucket.denied));
@@ -144,7 +143,7 @@ fn render_step(start: i64, step: i64, bucket: &pb::UsageBucket, scale: u64, colo
     format!("{}  {allowed}{denied} {counts}\n", format_step_start(start, step))
 }
 
-/// A bar of full and partial blocks; what is not nothing is seen.
+/// Renders a bar of full and partial blocks; a count above 0 is always visible.
 fn render_allowed_bar(count: u64, scale: u64) -> String {
     let eighths = scale_to_width(count, BAR_WIDTH * 8, scale);
     let mut bar = "█".repeat((eighths / 8) as usize);
@@ -152,28 +151,28 @@ fn render_allowed_bar(count: u64, scale: u64) -> String {
     bar
 }
 
-/// A bar that is told from the other one without colours too.
+/// Renders a bar that differs from the allowed one even without colors.
 fn render_denied_bar(count: u64, scale: u64) -> String {
     "░".repeat(scale_to_width(count, BAR_WIDTH, scale) as usize)
 }
 
-/// The share of `width`, rounded down, and 1 at least for what is not nothing.
+/// Scales a count to `width`, rounded down, but to at least 1 for a count above 0.
 fn scale_to_width(count: u64, width: u64, scale: u64) -> u64 {
     let share = u128::from(count) * u128::from(width) / u128::from(scale.max(1));
     u64::try_from(share).unwrap_or(width).clamp(u64::from(count > 0), width)
 }
 
-fn colorize(text: &str, code: &str, colours: bool) -> String {
-    if colours && !text.is_empty() { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
+fn colorize(text: &str, code: &str, colors: bool) -> String {
+    if colors && !text.is_empty() { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
 }
 
-fn render_totals(answer: &pb::KeyUsageResponse, colours: bool) -> String {
+fn render_totals(response: &pb::KeyUsageResponse, colors: bool) -> String {
     let mut reasons: BTreeMap<i32, u64> = BTreeMap::new();
-    for count in answer.buckets.iter().flat_map(|bucket| &bucket.denied_by_reason) {
+    for count in response.buckets.iter().flat_map(|bucket| &bucket.denied_by_reason) {
         *reasons.entry(count.reason).or_default() += count.count;
     }
-    let mut text = format!("{}  {}\n", colorize("allowed", "32", colours), answer.allowed);
-    text.push_str(&format!("{}   {}\n", colorize("denied", "31", colours), answer.denied));
+    let mut text = format!("{}  {}\n", colorize("allowed", "32", colors), response.allowed);
+    text.push_str(&format!("{}   {}\n", colorize("denied", "31", colors), response.denied));
     for (reason, count) in reasons {
         let word = pb::Reason::try_from(reason).map_or_else(|_| format!("reason {reason}"), format_reason);
         text.push_str(&format!("  {word}: {count}\n"));
@@ -196,7 +195,7 @@ mod tests {
     }
 
     /// The request at 2026-01-01T12:30:00Z.
-    fn asked(line: &str) -> pb::KeyUsageRequest {
+    fn parse_usage(line: &str) -> pb::KeyUsageRequest {
         let line = format!("usage 0197 {line}");
         let args = Only::try_parse_from(line.split_whitespace()).unwrap().args;
         args.build_request(&ManualClock::new(time::Timestamp::from_micros(1_767_270_600_000_000)))
@@ -209,7 +208,7 @@ mod tests {
         pb::UsageBucket { start, allowed, denied, denied_by_reason }
     }
 
-    fn answer(buckets: Vec<pb::UsageBucket>) -> pb::KeyUsageResponse {
+    fn response(buckets: Vec<pb::UsageBucket>) -> pb::KeyUsageResponse {
         let allowed = buckets.iter().map(|bucket| bucket.allowed).sum();
         let denied = buckets.iter().map(|bucket| bucket.denied).sum();
         pb::KeyUsageResponse { buckets, allowed, denied }
@@ -217,14 +216,14 @@ mod tests {
 
     #[test]
     fn steps_begin_at_full_hours_and_days_at_midnight() {
-        let from = |line: &str| asked(line).from.map(|from| format_rfc3339(&from)).unwrap();
+        let from = |line: &str| parse_usage(line).from.map(|from| format_rfc3339(&from)).unwrap();
         assert_eq!(from(""), "2025-12-31T13:00:00Z");
         assert_eq!(from("--from 1h30m --step 1h"), "2026-01-01T11:00:00Z");
         assert_eq!(from("--step 1d"), "2025-12-03T00:00:00Z");
         assert_eq!(from("--step 90d"), "2025-10-04T00:00:00Z");
         assert_eq!(from("--step 1d --from 7d"), "2025-12-25T00:00:00Z");
-        assert_eq!(asked("").to, None, "the server's clock says what is now");
-        assert!(asked("--to 1d").to.is_some());
+        assert_eq!(parse_usage("").to, None, "the server's clock says what is now");
+        assert!(parse_usage("--to 1d").to.is_some());
     }
 
     #[test]
@@ -240,7 +239,7 @@ mod tests {
     #[test]
     fn the_longest_bar_is_full_and_the_least_is_seen() {
         let text = render_usage(
-            &answer(vec![bucket(0, 1_000_000, 0), bucket(SECONDS_PER_HOUR, 1, 1)]),
+            &response(vec![bucket(0, 1_000_000, 0), bucket(SECONDS_PER_HOUR, 1, 1)]),
             0,
             SECONDS_PER_HOUR,
             false,
@@ -253,20 +252,20 @@ mod tests {
     #[test]
     fn steps_without_a_check_are_shown_and_many_of_them_in_one_line() {
         let text = render_usage(
-            &answer(vec![bucket(2 * SECONDS_PER_DAY, 1, 0), bucket(10 * SECONDS_PER_DAY, 1, 0)]),
+            &response(vec![bucket(2 * SECONDS_PER_DAY, 1, 0), bucket(10 * SECONDS_PER_DAY, 1, 0)]),
             0,
             SECONDS_PER_DAY,
             false,
         );
         assert!(text.starts_with("1970-01-01        0\n1970-01-02        0\n1970-01-03        █"), "{text}");
         assert!(text.contains("7 steps without a check\n1970-01-11"), "{text}");
-        assert_eq!(render_usage(&answer(vec![]), 0, SECONDS_PER_DAY, false), "No checks.\n");
+        assert_eq!(render_usage(&response(vec![]), 0, SECONDS_PER_DAY, false), "No checks.\n");
     }
 
     #[test]
     fn denials_are_summed_by_reason() {
         let text = render_usage(
-            &answer(vec![bucket(0, 5, 2), bucket(SECONDS_PER_HOUR, 1, 3)]),
+            &response(vec![bucket(0, 5, 2), bucket(SECONDS_PER_HOUR, 1, 3)]),
             0,
             SECONDS_PER_HOUR,
             false,
@@ -276,7 +275,7 @@ mod tests {
 
     #[test]
     fn colours_come_only_where_they_are_wanted() {
-        let usage = answer(vec![bucket(0, 5, 2)]);
+        let usage = response(vec![bucket(0, 5, 2)]);
         assert!(!render_usage(&usage, 0, SECONDS_PER_HOUR, false).contains('\u{1b}'));
         assert!(
             render_usage(&usage, 0, SECONDS_PER_HOUR, true).contains("\u{1b}[32m")
@@ -291,7 +290,7 @@ mod tests {
             from: i64,
         ) {
             let buckets = starts.iter().map(|(at, a, d)| bucket(*at, u64::from(*a), u64::from(*d))).collect();
-            for line in render_usage(&answer(buckets), from, SECONDS_PER_HOUR, false).lines() {
+            for line in render_usage(&response(buckets), from, SECONDS_PER_HOUR, false).lines() {
                 prop_assert!(line.chars().count() < 120, "{line}");
             }
         }

@@ -1,4 +1,4 @@
-//! `keyward roles apply`: brings the roles of the server to what a file says, and tells what that changed.
+//! `keyward roles apply`: creates and changes the server's roles as a TOML file describes them, and reports the changes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,7 +10,7 @@ use clap::Args;
 use comfy_table::Color;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::{fetch_all_roles, format_role_owner, put_role};
+use super::calls::{fetch_all_roles, format_role_owner, put_role};
 use crate::{
     cli::{
         api_client::ApiClient,
@@ -32,21 +32,19 @@ The file holds a table for each role:
   scopes = [\"journeys:run\", \"results:read\"]
   account = \"acme\"        # left out: a global role
 
-Roles of the server that the file does not name stay as they are.";
+Roles of the server that the file does not name are not changed.";
 
-/// Flags of `keyward roles apply`.
 #[derive(Debug, Args)]
 #[command(after_help = FILE_FORMAT_HELP)]
 pub(in crate::cli) struct RoleApplyArgs {
-    /// The TOML file
+    /// The TOML file with the roles
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// Say what would change, and change nothing
+    /// Report what would change, without changing it
     #[arg(long)]
     dry_run: bool,
 }
 
-/// A file of roles.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RolesFile {
@@ -54,7 +52,7 @@ struct RolesFile {
     role: Vec<DesiredRole>,
 }
 
-/// A role as the file wants it.
+/// A role as the file describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct DesiredRole {
@@ -72,7 +70,6 @@ enum RoleChangeKind {
     Unchanged,
 }
 
-/// What applying does to one role.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct RoleChange {
     account: Option<String>,
@@ -82,7 +79,6 @@ struct RoleChange {
     removed: Vec<String>,
 }
 
-/// What applying did.
 #[derive(Debug, Serialize)]
 struct RoleApplyReport {
     dry_run: bool,
@@ -97,30 +93,30 @@ impl ToJson for RoleApplyReport {
 
 impl RoleApplyArgs {
     pub(super) async fn run(self, cx: &mut CommandContext<'_>, session: &ApiClient) -> Result<(), CliError> {
-        let wanted = read_roles_file(&self.file)?;
-        let accounts: BTreeSet<&String> = wanted.iter().map(|role| &role.account).collect();
-        let mut there = BTreeMap::new();
+        let desired = read_roles_file(&self.file)?;
+        let accounts: BTreeSet<&String> = desired.iter().map(|role| &role.account).collect();
+        let mut existing = BTreeMap::new();
         for account in accounts {
             for role in fetch_all_roles(session, account.clone()).await?.roles {
-                there.insert((role.account.clone(), role.name.clone()), role.scopes);
+                existing.insert((role.account.clone(), role.name.clone()), role.scopes);
             }
         }
         let mut report = RoleApplyReport { dry_run: self.dry_run, roles: Vec::new() };
         let mut failed = None;
-        for role in wanted {
-            let change = diff_role(&role, there.get(&(role.account.clone(), role.name.clone())));
+        for role in desired {
+            let change = diff_role(&role, existing.get(&(role.account.clone(), role.name.clone())));
             let DesiredRole { name, account, scopes } = role;
             if change.change != RoleChangeKind::Unchanged && !self.dry_run {
-                let question = pb::PutRoleRequest { account, name, scopes };
-                if let Err(failure) = put_role(session, question).await {
+                let request = pb::PutRoleRequest { account, name, scopes };
+                if let Err(failure) = put_role(session, request).await {
                     failed = Some(failure.with_context(&format!("role {}", change.name)));
                     break;
                 }
             }
             report.roles.push(change);
         }
-        // What was done is told even when the rest was not.
-        cx.print_response(&report, |colours| render_report(&report, colours))?;
+        // The changes that were made are reported even if a later one failed.
+        cx.print_response(&report, |colors| render_report(&report, colors))?;
         failed.map_or(Ok(()), Err)
     }
 }
@@ -129,8 +125,7 @@ fn read_roles_file(path: &Path) -> Result<Vec<DesiredRole>, CliError> {
     let text = fs::read_to_string(path)
         .map_err(|error| CliError::new(format!("cannot read {}: {error}", shown_path(path))))?;
     parse_roles(&text).map_err(|problem| {
-        CliError::new(format!("{}: {problem}", shown_path(path)))
-            .with_hint("--help shows what such a file holds")
+        CliError::new(format!("{}: {problem}", shown_path(path))).with_hint("--help shows the file's format")
     })
 }
 
@@ -141,13 +136,13 @@ fn parse_roles(text: &str) -> Result<Vec<DesiredRole>, String> {
         format!("line {line}: {}", toml_messages::rephrase_serde_error(error.message()))
     })?;
     if roles.role.is_empty() {
-        return Err("there is no [[role]] in it".to_owned());
+        return Err("the file has no [[role]]".to_owned());
     }
     let mut seen = BTreeSet::new();
     for role in &roles.role {
         if !seen.insert((&role.account, &role.name)) {
             return Err(format!(
-                "role {} ({}) stands there twice",
+                "role {} ({}) is defined twice",
                 role.name,
                 format_role_owner(&role.account)
             ));
@@ -156,28 +151,28 @@ fn parse_roles(text: &str) -> Result<Vec<DesiredRole>, String> {
     Ok(roles.role)
 }
 
-/// What a role has to become, given what it grants now. `all` is how people write `*`.
-fn diff_role(wanted: &DesiredRole, there: Option<&Vec<String>>) -> RoleChange {
+/// Compares a role with its scopes on the server, if it exists there. People may write `all` for `*`.
+fn diff_role(desired: &DesiredRole, existing: Option<&Vec<String>>) -> RoleChange {
     let set = |scopes: &[String]| -> BTreeSet<String> {
         scopes.iter().map(|scope| if scope == "all" { "*".to_owned() } else { scope.clone() }).collect()
     };
-    let new = set(&wanted.scopes);
-    let old = there.map(|scopes| set(scopes)).unwrap_or_default();
+    let new = set(&desired.scopes);
+    let old = existing.map(|scopes| set(scopes)).unwrap_or_default();
     let added: Vec<String> = new.difference(&old).cloned().collect();
     let removed: Vec<String> = old.difference(&new).cloned().collect();
-    let change = match there {
+    let change = match existing {
         None => RoleChangeKind::Created,
         Some(_) if added.is_empty() && removed.is_empty() => RoleChangeKind::Unchanged,
         Some(_) => RoleChangeKind::Changed,
     };
-    let account = Some(wanted.account.clone()).filter(|account| !account.is_empty());
-    RoleChange { account, name: wanted.name.clone(), change, added, removed }
+    let account = Some(desired.account.clone()).filter(|account| !account.is_empty());
+    RoleChange { account, name: desired.name.clone(), change, added, removed }
 }
 
-fn render_report(report: &RoleApplyReport, colours: bool) -> String {
-    let mut rows = ListTable::new(&["NAME", "ACCOUNT", "CHANGE", "SCOPES"], colours);
+fn render_report(report: &RoleApplyReport, colors: bool) -> String {
+    let mut rows = ListTable::new(&["NAME", "ACCOUNT", "CHANGE", "SCOPES"], colors);
     for change in &report.roles {
-        let (word, colour) = match (change.change, report.dry_run) {
+        let (word, color) = match (change.change, report.dry_run) {
             (RoleChangeKind::Created, false) => ("created", Some(Color::Green)),
             (RoleChangeKind::Created, true) => ("would be created", Some(Color::Green)),
             (RoleChangeKind::Changed, false) => ("changed", Some(Color::Yellow)),
@@ -190,7 +185,7 @@ fn render_report(report: &RoleApplyReport, colours: bool) -> String {
         rows.add_row([
             plain_cell(&change.name),
             plain_cell(format_role_owner(change.account.as_deref().unwrap_or_default())),
-            (word.to_owned(), colour),
+            (word.to_owned(), color),
             plain_cell(escape_terminal(&scopes.join(" "))),
         ]);
     }
@@ -246,7 +241,7 @@ mod tests {
             ("", "no [[role]]"),
             (
                 "[[role]]\nname='a'\nscopes=['x:y']\n[[role]]\nname='a'\nscopes=[]",
-                "role a (global) stands there twice",
+                "role a (global) is defined twice",
             ),
         ] {
             let error = parse_roles(text).unwrap_err();

@@ -1,13 +1,24 @@
-//! The flags that `keys create` and `keys update` share: what a key is called, may do and is limited to.
+//! Flags that several `keyward keys` commands share.
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::{
-    cli::value_format::{ExpiryArg, parse_name_value, parse_quota, parse_rate_limit},
+    cli::{
+        table::DetailTable,
+        text_output,
+        value_format::{ExpiryArg, parse_name_value, parse_quota, parse_rate_limit},
+    },
     pb,
 };
 
-/// What a key is called, may do and is limited to.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct KeyIdArgs {
+    /// The key's id
+    #[arg(value_name = "ID")]
+    pub(super) id: String,
+}
+
+/// The name, scopes, restrictions and limits of a key.
 #[derive(Debug, Default, Args)]
 pub(super) struct KeyPolicyArgs {
     /// Name for people, unique among the owner's keys that are not revoked
@@ -35,7 +46,34 @@ pub(super) struct KeyPolicyArgs {
     /// Quota per hour, day, month (UTC) or total, such as 1000/month
     #[arg(long, value_name = "LIMIT/PERIOD", value_parser = parse_quota)]
     pub(super) quota: Option<pb::Quota>,
-    /// Note to keep with the key, such as team=billing (repeatable)
+    /// Metadata of the key, such as team=billing (repeatable)
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_name_value)]
     pub(super) metadata: Vec<(String, String)>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum RevokeReasonArg {
+    /// The token was exposed, or may have been
+    Compromised,
+    /// Another key has replaced this one
+    Superseded,
+    /// Nothing uses the key any more
+    NoLongerNeeded,
+    /// The person or team that owned it has left
+    OwnerLeft,
+}
+
+impl From<RevokeReasonArg> for pb::RevokeReason {
+    fn from(reason: RevokeReasonArg) -> pb::RevokeReason {
+        match reason {
+            RevokeReasonArg::Compromised => pb::RevokeReason::Compromised,
+            RevokeReasonArg::Superseded => pb::RevokeReason::Superseded,
+            RevokeReasonArg::NoLongerNeeded => pb::RevokeReason::NoLongerNeeded,
+            RevokeReasonArg::OwnerLeft => pb::RevokeReason::OwnerLeft,
+        }
+    }
+}
+
+pub(super) fn describe_key_or_empty(key: Option<&pb::Key>) -> DetailTable {
+    key.map_or_else(DetailTable::new, text_output::describe_key)
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{console::Console, error::CliError};
-use crate::config::health::HealthArgs;
+use crate::config::server::HealthArgs;
 
 /// The longest answer that is read: a page of one line.
 const MAX_READYZ_BYTES: u64 = 4096;

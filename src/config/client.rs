@@ -19,14 +19,14 @@ use super::{duration, toml_messages, trace_parent::InheritedTraceContext};
 use crate::{domain::credential_mask::mask_value, transport::socket::find_exposed_address};
 
 /// Where the server listens unless it is told otherwise.
-pub const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
+pub(crate) const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
 
 const DEFAULT_PORT: u16 = 50051;
 
 /// How answers are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum OutputFormat {
+pub(crate) enum OutputFormat {
     /// For people: tables, with colours on a terminal
     #[default]
     Table,
@@ -37,7 +37,7 @@ pub enum OutputFormat {
 /// The flags that every client command takes.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Connection")]
-pub struct ClientArgs {
+pub(crate) struct ClientArgs {
     /// Address of the server: https://HOST:PORT, unix:/PATH, or in plaintext http://HOST:PORT or HOST:PORT [or
     /// KEYWARD_SERVER; default: http://127.0.0.1:50051]
     #[arg(long, value_name = "URL", env = "KEYWARD_SERVER", hide_env = true)]
@@ -70,7 +70,7 @@ pub struct ClientArgs {
 
 impl ClientArgs {
     /// The ids of these flags.
-    pub const ARG_IDS: [&str; 8] = [
+    pub(crate) const ARG_IDS: [&str; 8] = [
         "server",
         "token_file",
         "ca_file",
@@ -83,7 +83,7 @@ impl ClientArgs {
 
     /// These flags, and those of `outer` where these are silent.
     #[must_use]
-    pub fn or(self, outer: ClientArgs) -> ClientArgs {
+    pub(crate) fn or(self, outer: ClientArgs) -> ClientArgs {
         ClientArgs {
             server: self.server.or(outer.server),
             token_file: self.token_file.or(outer.token_file),
@@ -100,7 +100,7 @@ impl ClientArgs {
 /// Fits the flags of [`ClientArgs`] for a command below the top level, which reads the environment already:
 /// were it read here again, it would win over a flag given before the command's name.
 #[must_use]
-pub fn for_subcommand(arg: Arg) -> Arg {
+pub(crate) fn for_subcommand(arg: Arg) -> Arg {
     match arg.get_id().as_str() {
         "server" | "token_file" | "ca_file" | "client_certificate" | "client_key" => {
             arg.global(true).env(Resettable::Reset)
@@ -112,25 +112,25 @@ pub fn for_subcommand(arg: Arg) -> Arg {
 
 /// The arguments that the program was started with.
 #[must_use]
-pub fn process_args() -> Vec<OsString> {
+pub(crate) fn process_args() -> Vec<OsString> {
     std::env::args_os().collect()
 }
 
 /// Where files go that nobody is to keep.
 #[must_use]
-pub fn temp_dir() -> PathBuf {
+pub(crate) fn temp_dir() -> PathBuf {
     std::env::temp_dir()
 }
 
 /// Whether the surroundings forbid colours (<https://no-color.org>).
 #[must_use]
-pub fn are_colors_disabled() -> bool {
+pub(crate) fn are_colors_disabled() -> bool {
     env_var_os("NO_COLOR").is_some() || env_var_os("TERM").is_some_and(|term| term == "dumb")
 }
 
 /// What a client command needs to know.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ClientSettings {
+pub(crate) struct ClientSettings {
     /// Where to connect to.
     pub server: ServerUrl,
     /// The file of the caller's token; `-` is stdin.
@@ -154,7 +154,7 @@ impl ClientSettings {
     ///
     /// # Errors
     /// When the file cannot be read or understood, or the server's address is not one.
-    pub fn load(args: ClientArgs) -> Result<ClientSettings, ClientSettingsError> {
+    pub(crate) fn load(args: ClientArgs) -> Result<ClientSettings, ClientSettingsError> {
         let file = match config_file_path(env_var_os) {
             Some(path) => RawClientSettings::load(&path, env_var_os("HOME"))?,
             None => RawClientSettings::default(),
@@ -205,7 +205,7 @@ impl ClientSettings {
 /// Settings that cannot be used: what is wrong, and what would be right.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct ClientSettingsError(String);
+pub(crate) struct ClientSettingsError(String);
 
 impl ClientSettingsError {
     /// The same with the setting, flag or variable that it is about.
@@ -216,7 +216,7 @@ impl ClientSettingsError {
 
 /// The address of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ServerUrl(String);
+pub(crate) struct ServerUrl(String);
 
 impl ServerUrl {
     /// Reads `https://HOST[:PORT]`, `unix:/PATH`, `http://HOST[:PORT]` or `HOST[:PORT]`; the last two are spoken to in
@@ -224,7 +224,7 @@ impl ServerUrl {
     ///
     /// # Errors
     /// When it is none of them; the error says what would be right.
-    pub fn parse(text: &str) -> Result<ServerUrl, ClientSettingsError> {
+    pub(crate) fn parse(text: &str) -> Result<ServerUrl, ClientSettingsError> {
         if let Some(path) = text.strip_prefix("unix:") {
             let path = path.strip_prefix("//").unwrap_or(path);
             if !path.starts_with('/') || path.len() < 2 {
@@ -264,7 +264,7 @@ impl ServerUrl {
 
     /// Whether it is spoken to over TLS.
     #[must_use]
-    pub fn is_tls(&self) -> bool {
+    pub(crate) fn is_tls(&self) -> bool {
         self.0.starts_with("https:")
     }
 
@@ -272,7 +272,7 @@ impl ServerUrl {
     ///
     /// # Errors
     /// When the host's name cannot be looked up.
-    pub fn exposed_address(&self) -> io::Result<Option<SocketAddr>> {
+    pub(crate) fn exposed_address(&self) -> io::Result<Option<SocketAddr>> {
         let Some(authority) = self.0.strip_prefix("http://") else { return Ok(None) };
         // As the transport does it.
         let has_port =
@@ -283,7 +283,7 @@ impl ServerUrl {
 
     /// The address with its scheme.
     #[must_use]
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
@@ -384,7 +384,7 @@ pub(super) fn env_var(name: &str) -> Option<String> {
 
 /// Has the flags of a command and of those below it take an empty environment variable for an absent one.
 #[must_use]
-pub fn ignore_empty_env_vars(command: clap::Command) -> clap::Command {
+pub(crate) fn ignore_empty_env_vars(command: clap::Command) -> clap::Command {
     command
         .mut_args(|arg| if has_empty_env_var(&arg) { arg.env(Resettable::Reset) } else { arg })
         .mut_subcommands(ignore_empty_env_vars)

@@ -21,7 +21,7 @@ const EXPECTED_FORMAT: &str = "write whole numbers with units, longest first: 30
 ///
 /// # Errors
 /// When it is not one; the error says what would be right.
-pub fn parse_duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     parse_millis(text).map(Duration::from_millis).ok_or_else(|| format!("not a duration: {EXPECTED_FORMAT}"))
 }
 
@@ -29,7 +29,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
 ///
 /// # Errors
 /// When it is not that; the error says what would be right.
-pub fn parse_timeout(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_timeout(text: &str) -> Result<Duration, String> {
     let timeout = parse_duration(text)?;
     if timeout.is_zero() || timeout > Duration::from_secs(86_400) {
         return Err("must be between 1ms and 1d".to_owned());
@@ -57,7 +57,7 @@ fn parse_millis(text: &str) -> Option<u64> {
 
 /// Writes a duration so that [`parse_duration`] reads it back: whole milliseconds in days and smaller units.
 #[must_use]
-pub fn format_duration(duration: Duration) -> String {
+pub(crate) fn format_duration(duration: Duration) -> String {
     let mut rest = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let mut text = String::new();
     for (name, length) in &UNITS[2..] {

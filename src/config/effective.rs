@@ -19,7 +19,7 @@ use super::{
 
 /// Flags with the text of each, and whether it comes from the environment.
 #[derive(Clone, Debug)]
-pub struct WithSources<A> {
+pub(crate) struct WithSources<A> {
     /// The flags as their command takes them.
     pub args: A,
     raw_values: BTreeMap<String, (SecretUrl, ValueSource)>,
@@ -55,7 +55,7 @@ impl<A: Args> Args for WithSources<A> {
 
 /// Where a setting comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SettingOrigin {
+pub(crate) enum SettingOrigin {
     /// Nobody has set it.
     Default,
     /// A line of the file.
@@ -83,7 +83,7 @@ impl fmt::Display for SettingOrigin {
 
 /// What a setting is.
 #[derive(Clone, Debug, PartialEq)]
-pub enum EffectiveValue {
+pub(crate) enum EffectiveValue {
     /// This value.
     Value(Value),
     /// A URL with a password, or what looks like a credential, shown without it.
@@ -94,7 +94,7 @@ pub enum EffectiveValue {
 
 /// A setting that is in force.
 #[derive(Clone, Debug)]
-pub struct EffectiveSetting {
+pub(crate) struct EffectiveSetting {
     /// The key.
     pub key: &'static SettingKey,
     /// Its value.
@@ -106,7 +106,7 @@ pub struct EffectiveSetting {
 /// Every setting in force of a server with these flags and this file, tables after each other. The keys of a list of
 /// tables are shown by the list.
 #[must_use]
-pub fn effective_settings<A>(
+pub(crate) fn effective_settings<A>(
     sources: &WithSources<A>,
     document: Option<&ConfigFile>,
     in_force: &ServerSettings,
@@ -225,7 +225,7 @@ fn without_credentials(value: &Value) -> Value {
 
 /// A value as a file can hold it, in one line of printable characters.
 #[must_use]
-pub fn in_one_line(value: &Value) -> String {
+pub(crate) fn in_one_line(value: &Value) -> String {
     match value {
         Value::String(text) => escape_toml(text),
         Value::Array(entries) => {
@@ -241,7 +241,7 @@ pub fn in_one_line(value: &Value) -> String {
 
 /// What is accepted and not advised: secrets that whoever reads the file has too.
 #[must_use]
-pub fn password_warnings(document: &ConfigFile) -> Vec<String> {
+pub(crate) fn password_warnings(document: &ConfigFile) -> Vec<String> {
     let holds = |key: &&SettingKey| {
         let url = document.value(&key.path).and_then(Value::as_str).map(SecretUrl::from);
         key.is_secret && url.is_some_and(|url| url.has_password())

@@ -16,9 +16,9 @@ use toml::{
 use crate::domain::credential_mask::mask_value;
 
 use super::{
-    problems::{ConfigProblem, ProblemSource},
+    error::{ConfigError, ConfigProblem, ProblemSource},
+    raw::RawServerSettings,
     schema::{self, DefaultValue, SettingKey, ValueType},
-    server::{ConfigError, RawServerSettings},
     toml_messages,
 };
 
@@ -29,7 +29,7 @@ const MIN_SIMILARITY: f64 = 0.6;
 
 /// A file as it is used: keys with a problem of their form are left out of the table.
 #[derive(Debug)]
-pub struct ConfigFile {
+pub(crate) struct ConfigFile {
     /// Where it is.
     pub path: PathBuf,
     text: String,
@@ -48,7 +48,7 @@ impl ConfigFile {
     ///
     /// # Errors
     /// When it cannot be read, or is no TOML.
-    pub fn load(path: &Path) -> Result<ConfigFile, ConfigError> {
+    pub(crate) fn load(path: &Path) -> Result<ConfigFile, ConfigError> {
         let shown = || path.display().to_string();
         let text = read_text(path).map_err(|source| ConfigError::Unreadable { path: shown(), source })?;
         ConfigFile::parse(path, text)
@@ -106,7 +106,7 @@ impl ConfigFile {
 
     /// The value of a key, if it is there.
     #[must_use]
-    pub fn value(&self, path: &str) -> Option<&Value> {
+    pub(crate) fn value(&self, path: &str) -> Option<&Value> {
         let mut names = path.split('.');
         let first = self.table.get(names.next()?)?;
         names.try_fold(first, |value, name| value.get(name))
@@ -114,7 +114,7 @@ impl ConfigFile {
 
     /// The texts of a key, which may stand in every table of a list: `listener[].tls.certificate`.
     #[must_use]
-    pub fn strings(&self, path: &str) -> Vec<String> {
+    pub(crate) fn strings(&self, path: &str) -> Vec<String> {
         let whole = Value::Table(self.table.clone());
         let mut values = vec![&whole];
         for name in path.split('.') {
@@ -129,7 +129,7 @@ impl ConfigFile {
 
     /// The line of a key, from 1, if it is there.
     #[must_use]
-    pub fn line_number(&self, path: &str) -> Option<usize> {
+    pub(crate) fn line_number(&self, path: &str) -> Option<usize> {
         self.key_spans.get(path).map(|span| line_and_column(&self.text, span.start).0)
     }
 

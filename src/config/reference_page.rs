@@ -37,7 +37,7 @@ backup). `OTEL_EXPORTER_OTLP_ENDPOINT` and `OTEL_SERVICE_NAME` count where nothi
 
 /// The page.
 #[must_use]
-pub fn render_reference() -> String {
+pub(crate) fn render_reference() -> String {
     schema::all_tables().iter().fold(PREAMBLE.to_owned(), |mut page, section| {
         write_table(&mut page, section);
         page

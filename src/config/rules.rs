@@ -21,11 +21,11 @@ use crate::domain::{
 };
 
 /// The largest file, in bytes.
-pub const MAX_RULES_FILE_BYTES: u64 = 1024 * 1024;
+pub(crate) const MAX_RULES_FILE_BYTES: u64 = 1024 * 1024;
 
 /// Something that is wrong with a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RuleProblem {
+pub(crate) struct RuleProblem {
     /// Where, from 1.
     pub line: usize,
     /// What, and what would be right.
@@ -40,7 +40,7 @@ impl fmt::Display for RuleProblem {
 
 /// Why a rules file cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum RulesFileError {
+pub(crate) enum RulesFileError {
     /// It cannot be read.
     #[error("the rules file {} cannot be read: {source}", mask_value(.path))]
     Unreadable {
@@ -92,7 +92,10 @@ struct RawRoute {
 ///
 /// # Errors
 /// When it cannot be read or is wrong; every problem has its line.
-pub fn load_rules(path: &Path, environments: &EnvironmentSet) -> Result<(String, RuleBook), RulesFileError> {
+pub(crate) fn load_rules(
+    path: &Path,
+    environments: &EnvironmentSet,
+) -> Result<(String, RuleBook), RulesFileError> {
     let unreadable = |source| RulesFileError::Unreadable { path: path.display().to_string(), source };
     let text = read_rules_text(path).map_err(unreadable)?;
     let book = parse_rules_file(path, &text, environments)?;
@@ -103,7 +106,7 @@ pub fn load_rules(path: &Path, environments: &EnvironmentSet) -> Result<(String,
 ///
 /// # Errors
 /// When it is wrong; every problem has its line.
-pub fn parse_rules_file(
+pub(crate) fn parse_rules_file(
     path: &Path,
     text: &str,
     environments: &EnvironmentSet,
@@ -116,7 +119,7 @@ pub fn parse_rules_file(
 ///
 /// # Errors
 /// When it cannot be read, or is no rules file by its size.
-pub fn read_rules_text(path: &Path) -> std::io::Result<String> {
+pub(crate) fn read_rules_text(path: &Path) -> std::io::Result<String> {
     let length = std::fs::metadata(path)?.len();
     if length > MAX_RULES_FILE_BYTES {
         let problem = format!("it has {length} bytes; at most {MAX_RULES_FILE_BYTES} are allowed");
@@ -129,7 +132,7 @@ pub fn read_rules_text(path: &Path) -> std::io::Result<String> {
 ///
 /// # Errors
 /// Everything that is wrong with it.
-pub fn parse_rules(text: &str, environments: &EnvironmentSet) -> Result<RuleBook, Vec<RuleProblem>> {
+pub(crate) fn parse_rules(text: &str, environments: &EnvironmentSet) -> Result<RuleBook, Vec<RuleProblem>> {
     let file: RawRules = toml::from_str(text).map_err(|error| vec![toml_problem(text, &error)])?;
     let mut reader = RulesValidator { text, environments, problems: Vec::new() };
     let RawRules { defaults, rule } = file;

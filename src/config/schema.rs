@@ -14,11 +14,11 @@ use serde_json::Value;
 
 use crate::domain::credential_mask::mask_value;
 
-use super::server::{RawServerSettings, ServeArgs};
+use super::{raw::RawServerSettings, server::flags::ServeArgs};
 
 /// A key of the file.
 #[derive(Clone, Debug)]
-pub struct SettingKey {
+pub(crate) struct SettingKey {
     /// Its name with those of its tables: `limits.backend`; `listener[].name` in each table of a list.
     pub path: String,
     /// What a value is, for people.
@@ -120,7 +120,7 @@ impl ValueType {
 
 /// What holds without a key.
 #[derive(Clone, Debug, PartialEq)]
-pub enum DefaultValue {
+pub(crate) enum DefaultValue {
     /// This value.
     Value(Value),
     /// No fixed value: what happens, in words.
@@ -131,7 +131,7 @@ pub enum DefaultValue {
 
 /// A table of the file.
 #[derive(Clone, Debug)]
-pub struct SettingsTable {
+pub(crate) struct SettingsTable {
     /// Its name: empty = what stands before all tables, `listener[]` = each table of a list.
     pub path: String,
     /// What it is for.
@@ -141,13 +141,13 @@ pub struct SettingsTable {
 }
 
 /// Every table with its keys; the file's own comes first.
-pub fn all_tables() -> &'static [SettingsTable] {
+pub(crate) fn all_tables() -> &'static [SettingsTable] {
     static SECTIONS: LazyLock<Vec<SettingsTable>> = LazyLock::new(build_tables);
     &SECTIONS
 }
 
 /// Every key.
-pub fn all_keys() -> impl Iterator<Item = &'static SettingKey> {
+pub(crate) fn all_keys() -> impl Iterator<Item = &'static SettingKey> {
     all_tables().iter().flat_map(|section| &section.keys)
 }
 
@@ -165,13 +165,13 @@ pub(super) fn find_key_ignoring_lists(path: &str) -> Option<&'static SettingKey>
 
 /// The key with this path.
 #[must_use]
-pub fn find_key(path: &str) -> Option<&'static SettingKey> {
+pub(crate) fn find_key(path: &str) -> Option<&'static SettingKey> {
     all_keys().find(|key| key.path == path)
 }
 
 /// The JSON Schema of the file, for editors.
 #[must_use]
-pub fn json_schema() -> Schema {
+pub(crate) fn json_schema() -> Schema {
     let settings =
         SchemaSettings::draft2020_12().for_deserialize().with(|settings| settings.inline_subschemas = true);
     settings.into_generator().into_root_schema_for::<RawServerSettings>()

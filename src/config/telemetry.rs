@@ -1,13 +1,6 @@
-//! The tables `[telemetry]` and `[decision_log]` of the settings file: where spans go and how many, and which
-//! decisions are written down where.
+//! Validates the tables `[telemetry]` and `[decision_log]`: the export of spans, sampling, and the decision log.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-};
-
-use schemars::JsonSchema;
-use serde::Deserialize;
+use std::{fmt, path::Path};
 
 use crate::{
     decision_log::{DecisionLogSettings, DecisionLogTarget},
@@ -16,12 +9,13 @@ use crate::{
 };
 
 use super::{
+    error::{InvalidSetting, invalid_redacted_setting, invalid_setting},
     problems::ProblemCollector,
-    server::{InvalidSetting, TelemetryArgs, invalid_redacted_setting, invalid_setting},
+    raw::{DEFAULT_DENIALS_PER_SECOND, RawDecisionLogSettings, RawTelemetrySettings},
+    server::flags::TelemetryArgs,
 };
 
 const DEFAULT_SERVICE_NAME: &str = "keyward";
-const DEFAULT_DENIALS_PER_SECOND: u32 = 100;
 /// The longest value of a header to the collector, in bytes.
 const MAX_HEADER_VALUE_LEN: usize = 4096;
 
@@ -67,55 +61,7 @@ pub struct TelemetrySettings {
     pub decision_log: Option<DecisionLogSettings>,
 }
 
-/// The table `[telemetry]`: traces.
-// Unknown keys are refused: a typo must not be a default.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RawTelemetrySettings {
-    /// Where spans are sent, over OTLP/gRPC: `http://host:4317` or `https://host:4317`. Without it, and without
-    /// `OTEL_EXPORTER_OTLP_ENDPOINT` in the environment, no span is made.
-    #[schemars(extend("x-flag" = "otlp_endpoint"))]
-    otlp_endpoint: Option<String>,
-    /// A file with headers for the collector, such as its access token: one `name: value` a line. Without it, none.
-    otlp_headers_file: Option<PathBuf>,
-    /// A PEM file with the authority that the collector's certificate is of. Without it, the public ones.
-    otlp_ca_file: Option<PathBuf>,
-    /// The share of calls that are recorded though their caller does not say so: 0 to 1. A caller that sends a
-    /// `traceparent` decides for its calls.
-    #[schemars(extend("default" = 0.0))]
-    sample_ratio: Option<f64>,
-    /// What this program is called in traces. Default: `OTEL_SERVICE_NAME`, else "keyward".
-    service_name: Option<String>,
-}
-
-/// The table `[decision_log]`: decisions, one line each. An empty table turns it on with the defaults.
-// Unknown keys are refused: a typo must not be a default.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RawDecisionLogSettings {
-    /// The share of denials that are written down: 0 to 1.
-    #[schemars(extend("default" = 1.0))]
-    denials: Option<f64>,
-    /// The most denials that are written down in one second: 1 to 100000.
-    #[schemars(extend("default" = DEFAULT_DENIALS_PER_SECOND))]
-    denials_per_second: Option<u32>,
-    /// The share of allowed requests that are written down: 0 to 1.
-    #[schemars(extend("default" = 0.0))]
-    allowed: Option<f64>,
-    /// Whether changes that take something away are written down, all of them.
-    #[schemars(extend("default" = true))]
-    narrowing_changes: Option<bool>,
-    /// The file that lines are added to, as JSON (mode 0600; begun anew when it is moved away). Without it they go to
-    /// the log, as target `keyward::decision`.
-    file: Option<PathBuf>,
-}
-
 impl RawTelemetrySettings {
-    /// Where the endpoint is kept: a flag or its variable goes before the file.
-    pub(super) fn endpoint_mut(&mut self) -> &mut Option<String> {
-        &mut self.otlp_endpoint
-    }
-
     /// Leaves out the files that a server alone needs.
     pub(super) fn ignore_server_files(&mut self) {
         self.otlp_headers_file = None;

@@ -6,7 +6,7 @@ use crate::domain::credential_mask::{mask_value, mask_words};
 
 /// Rewords a message of `serde`. What looks like a credential in it is masked.
 #[must_use]
-pub fn rephrase_serde_error(message: &str) -> String {
+pub(crate) fn rephrase_serde_error(message: &str) -> String {
     let message = masked(message);
     reword(&message)
 }

@@ -10,7 +10,7 @@ use crate::trace::RemoteTraceContext;
 
 /// The span that a command was started in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InheritedTraceContext {
+pub(crate) struct InheritedTraceContext {
     traceparent: String,
     tracestate: Option<String>,
 }
@@ -28,7 +28,7 @@ impl InheritedTraceContext {
     }
 
     /// The headers that a call made in it has, in visible ASCII.
-    pub fn headers(&self) -> impl Iterator<Item = (&'static str, &str)> {
+    pub(crate) fn headers(&self) -> impl Iterator<Item = (&'static str, &str)> {
         let state = self.tracestate.as_deref().map(|state| ("tracestate", state));
         std::iter::once(("traceparent", &*self.traceparent)).chain(state)
     }

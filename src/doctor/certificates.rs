@@ -19,7 +19,7 @@ use crate::{
     domain::time::Timestamp,
 };
 
-use super::{CHECK_TIMEOUT, DoctorReport};
+use super::report::{CHECK_TIMEOUT, DoctorReport};
 
 const TOPIC: &str = "tls";
 const DAY: Duration = Duration::from_secs(86_400);
@@ -187,7 +187,7 @@ impl ServerCertVerifier for AcceptAnyCertificate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Severity;
+    use crate::doctor::report::Severity;
 
     #[test]
     fn a_certificate_is_judged_by_the_days_it_has_left() {

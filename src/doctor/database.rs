@@ -16,7 +16,7 @@ use crate::{
     },
 };
 
-use super::{CHECK_TIMEOUT, DoctorReport, format_rounded};
+use super::report::{CHECK_TIMEOUT, DoctorReport, format_rounded};
 
 /// Expiry goes by wall clocks: what people would notice.
 const CLOCK_WARN_THRESHOLD: Duration = Duration::from_secs(1);
@@ -315,7 +315,7 @@ fn check_replica_row(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Severity;
+    use crate::doctor::report::Severity;
 
     fn seconds(count: u64) -> Duration {
         Duration::from_secs(count)

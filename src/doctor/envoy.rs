@@ -19,13 +19,9 @@ use crate::{
     pb::envoy_request::MAX_BODY_BYTES,
 };
 
-use super::DoctorReport;
-use message::{JsonMessage as _, StringMatcher, messages_with_type};
+use super::report::{DoctorReport, format_rounded};
+use message::{EXT_AUTHZ_TYPE, JsonMessage as _, StringMatcher, TOPIC, messages_with_type};
 
-pub(super) const TOPIC: &str = "envoy";
-const EXT_AUTHZ_TYPE: &str = ".ext_authz.v3.ExtAuthz";
-const EXT_AUTHZ_PER_ROUTE_TYPE: &str = ".ext_authz.v3.ExtAuthzPerRoute";
-const HTTP_CONNECTION_MANAGER_TYPE: &str = ".http_connection_manager.v3.HttpConnectionManager";
 /// What Envoy waits for when nobody says how long.
 const ENVOY_DEFAULT_TIMEOUT: Duration = Duration::from_millis(200);
 /// Longer, and an outage holds up every request for all of it.
@@ -267,7 +263,7 @@ fn check_timeout(service: &Value, name: &str, redis: Option<Duration>, findings:
 }
 
 fn format_timeout(timeout: Duration) -> String {
-    if timeout.is_zero() { "0, without an end".to_owned() } else { super::format_rounded(timeout) }
+    if timeout.is_zero() { "0, without an end".to_owned() } else { format_rounded(timeout) }
 }
 
 /// What an answer over HTTP may bring to the service.

@@ -8,10 +8,10 @@ mod locations;
 mod syntax;
 mod variables;
 
-use super::DoctorReport;
-use syntax::NginxDirective;
+use super::report::DoctorReport;
+use syntax::{NginxDirective, flatten};
 
-pub(super) const TOPIC: &str = "nginx";
+pub(super) use syntax::TOPIC;
 
 /// Looks at a configuration: what `nginx -T` writes, a whole `nginx.conf`, or a part such as `conf.d` holds.
 pub(super) fn check_configuration(name: &str, text: &str, findings: &mut DoctorReport) {
@@ -41,14 +41,6 @@ pub(super) fn check_configuration(name: &str, text: &str, findings: &mut DoctorR
         let state = "asks Keyward for every location, and lets no header of a client pass for an answer";
         findings.pass(TOPIC, format!("{name}: {state}"));
     }
-}
-
-/// Every directive at any depth.
-fn flatten(block: &[NginxDirective]) -> Vec<&NginxDirective> {
-    block
-        .iter()
-        .flat_map(|directive| std::iter::once(directive).chain(flatten(directive.children())))
-        .collect()
 }
 
 /// Whether names and paths that services read otherwise reach them.

@@ -13,14 +13,17 @@ use tonic_health::pb::{
 
 use crate::{clock::Clock, domain::time::Revision};
 
-use super::{CHECK_TIMEOUT, DoctorInput, DoctorReport, certificates};
+use super::{
+    certificates,
+    report::{CHECK_TIMEOUT, DoctorReport},
+};
 
 /// The largest admin page that is read, in bytes.
 const MAX_PAGE_BYTES: usize = 4 << 20;
 
 /// Where a server is: `http://HOST:PORT`, `https://HOST:PORT` or `HOST:PORT`.
 #[derive(Clone, Debug)]
-pub struct ServerEndpoint {
+pub(crate) struct ServerEndpoint {
     text: String,
     host: String,
     port: u16,
@@ -64,22 +67,23 @@ async fn with_timeout<T>(work: impl Future<Output = T>) -> Result<T, String> {
 
 /// Looks at the servers; `head` is the database's newest revision, if that is known.
 pub(super) async fn check_servers(
-    asked: &DoctorInput<'_>,
+    admin_endpoints: &[ServerEndpoint],
+    grpc_endpoints: &[ServerEndpoint],
     head: Option<Revision>,
     clock: &dyn Clock,
     findings: &mut DoctorReport,
 ) {
-    if asked.admin_endpoints.is_empty() {
+    if admin_endpoints.is_empty() {
         findings
             .skip("server", "admin pages (readiness, revision, frozen clocks); name them with --admin URL");
     }
-    for url in asked.admin_endpoints {
+    for url in admin_endpoints {
         check_admin_endpoint(url, head, findings).await;
     }
-    if asked.grpc_endpoints.is_empty() {
+    if grpc_endpoints.is_empty() {
         findings.skip("server", "gRPC listeners; name them with --server URL");
     }
-    for url in asked.grpc_endpoints {
+    for url in grpc_endpoints {
         check_grpc_endpoint(url, clock, findings).await;
     }
 }
@@ -270,7 +274,7 @@ fn error_chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Severity;
+    use crate::doctor::report::Severity;
 
     #[test]
     fn a_server_is_named_by_host_and_port() {

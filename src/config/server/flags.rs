@@ -1,13 +1,13 @@
-//! The flags of the commands that read the server's settings, and the environment variables that stand for them. What
-//! becomes of them is the parent's: there they meet the file and the defaults.
+//! The flags of the commands that read the server's settings, with their environment variables.
+//!
+//! `server.rs` combines them with the file and the defaults; values are validated there. The doc comments are the help texts.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::Args;
 
-use super::{ConfigError, ServerSettings};
 use crate::{
-    config::{lifecycle::LifecycleArgs, secret_url::SecretUrl},
+    config::{duration, raw::DEFAULT_ADMIN_LISTEN, secret_url::SecretUrl},
     domain::name::KeyId,
 };
 
@@ -66,6 +66,23 @@ pub struct ServeArgs {
     pub database: DatabaseArgs,
 }
 
+/// The flags.
+#[derive(Args, Clone, Debug, Default)]
+pub struct LifecycleArgs {
+    /// How long to serve on after SIGTERM while health says NOT_SERVING [default: 2s]
+    #[arg(long, env = "KEYWARD_SHUTDOWN_DELAY", value_name = "DURATION")]
+    pub shutdown_delay: Option<String>,
+    /// How long a start waits for a PostgreSQL server that is away [default: 60s]
+    #[arg(long, env = "KEYWARD_DATABASE_WAIT", value_name = "DURATION")]
+    pub database_wait: Option<String>,
+    /// Do not start on an older schema: 'keyward migrate' brings it up to date
+    #[arg(long, env = "KEYWARD_NO_MIGRATE", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub no_migrate: Option<String>,
+    /// Do not start on a database that is older than this revision, as a restored backup may be
+    #[arg(long, env = "KEYWARD_REQUIRE_REVISION", value_name = "REVISION")]
+    pub require_revision: Option<String>,
+}
+
 /// Where traces go.
 #[derive(Args, Clone, Debug, Default)]
 pub struct TelemetryArgs {
@@ -118,23 +135,21 @@ pub struct DatabaseArgs {
 
 /// What a command takes that reads the server's settings and no more.
 #[derive(Args, Clone, Debug, Default)]
-pub struct ConfigFileArgs {
+pub(crate) struct ConfigFileArgs {
     /// The TOML file with settings that the server is started with
     #[arg(long, env = "KEYWARD_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
-impl ConfigFileArgs {
-    /// Reads the settings.
-    ///
-    /// # Errors
-    /// As for [`ServerSettings::load`].
-    pub fn load(&self) -> Result<ServerSettings, ConfigError> {
-        ServerSettings::load_for_database(&DatabaseArgs {
-            config: self.config.clone(),
-            ..DatabaseArgs::default()
-        })
-    }
+/// `keyward health`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct HealthArgs {
+    /// Where the server has its admin pages
+    #[arg(long, env = "KEYWARD_ADMIN_LISTEN", value_name = "ADDR", default_value = DEFAULT_ADMIN_LISTEN)]
+    pub admin_listen: String,
+    /// How long to wait for an answer
+    #[arg(long, value_name = "DURATION", value_parser = duration::parse_timeout, default_value = "2s")]
+    pub timeout: Duration,
 }
 
 /// How the log is written.

@@ -4,10 +4,8 @@ use std::net::IpAddr;
 
 use serde_json::Value;
 
-use super::{
-    DoctorReport, TOPIC,
-    message::{JsonMessage as _, all_objects},
-};
+use super::message::{JsonMessage as _, TOPIC, all_objects};
+use crate::doctor::report::DoctorReport;
 
 /// Looks at the cluster of a filter, and at how the filter uses several hosts.
 pub(super) fn check_cluster(root: &Value, filter: &Value, findings: &mut DoctorReport) {

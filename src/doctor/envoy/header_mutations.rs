@@ -4,10 +4,8 @@ use serde_json::Value;
 
 use crate::domain::header_name::{IDENTITY_HEADERS, OVERRIDE_HEADERS};
 
-use super::{
-    DoctorReport, TOPIC,
-    message::{JsonMessage as _, full_match_regex},
-};
+use super::message::{JsonMessage as _, TOPIC, full_match_regex};
+use crate::doctor::report::DoctorReport;
 
 /// Looks at the rules of a filter (HeaderMutationRules).
 pub(super) fn check_header_mutation_rules(filter: &Value, findings: &mut DoctorReport) {

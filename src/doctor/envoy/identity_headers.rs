@@ -5,10 +5,8 @@ use serde_json::Value;
 
 use crate::domain::header_name;
 
-use super::{
-    DoctorReport, TOPIC,
-    message::{JsonMessage as _, all_objects},
-};
+use super::message::{JsonMessage as _, TOPIC, all_objects};
+use crate::doctor::report::DoctorReport;
 
 /// Looks at everything in the bootstrap.
 pub(super) fn check_identity_headers(root: &Value, findings: &mut DoctorReport) {

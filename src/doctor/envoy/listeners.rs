@@ -5,10 +5,11 @@ use serde_json::Value;
 
 use crate::domain::header_name::IDENTITY_HEADERS;
 
-use super::{
-    DoctorReport, EXT_AUTHZ_PER_ROUTE_TYPE, EXT_AUTHZ_TYPE, HTTP_CONNECTION_MANAGER_TYPE, TOPIC,
-    message::{JsonMessage as _, all_objects, messages_with_type},
+use super::message::{
+    EXT_AUTHZ_PER_ROUTE_TYPE, EXT_AUTHZ_TYPE, HTTP_CONNECTION_MANAGER_TYPE, JsonMessage as _, TOPIC,
+    all_objects, messages_with_type,
 };
+use crate::doctor::report::DoctorReport;
 
 /// Looks at every listener.
 pub(super) fn check_listeners(root: &Value, findings: &mut DoctorReport) {

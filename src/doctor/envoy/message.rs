@@ -5,7 +5,13 @@ use std::time::Duration;
 use regex::bytes::{Regex, RegexBuilder};
 use serde_json::Value;
 
-/// How large a compiled pattern may be, in bytes.
+/// The topic of every finding about Envoy.
+pub(super) const TOPIC: &str = "envoy";
+/// Endings of message types, as of `@type`.
+pub(super) const EXT_AUTHZ_TYPE: &str = ".ext_authz.v3.ExtAuthz";
+pub(super) const EXT_AUTHZ_PER_ROUTE_TYPE: &str = ".ext_authz.v3.ExtAuthzPerRoute";
+pub(super) const HTTP_CONNECTION_MANAGER_TYPE: &str = ".http_connection_manager.v3.HttpConnectionManager";
+/// The maximum size of a compiled pattern in bytes.
 const MAX_REGEX_BYTES: usize = 1 << 20;
 
 /// A message.

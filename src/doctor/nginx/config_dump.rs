@@ -1,7 +1,7 @@
 //! What `nginx -T` writes: every file of a configuration, each after a line with its name. Includes are replaced by what
 //! they include, so that everything is where it holds.
 
-use super::{NginxDirective, syntax};
+use super::syntax::{self, NginxDirective};
 
 /// How a file begins in what `nginx -T` writes, up to a colon.
 const FILE_HEADER_PREFIX: &str = "# configuration file ";

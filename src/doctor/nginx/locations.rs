@@ -5,7 +5,11 @@ use std::collections::BTreeMap;
 
 use crate::domain::header_name::{IDENTITY_HEADERS, OVERRIDE_HEADERS};
 
-use super::{DoctorReport, NginxDirective, TOPIC, variables::NginxVariables};
+use super::{
+    syntax::{NginxDirective, TOPIC, flatten},
+    variables::NginxVariables,
+};
+use crate::doctor::report::DoctorReport;
 
 /// The blocks that inherit from the one around them.
 const INHERITING_BLOCKS: [&str; 5] = ["http", "server", "location", "if", "limit_except"];
@@ -76,7 +80,7 @@ struct LocationIndex<'c> {
 
 /// Looks at every location.
 pub(super) fn check_locations(root: &[NginxDirective], findings: &mut DoctorReport) {
-    let all = super::flatten(root);
+    let all = flatten(root);
     let locations: Vec<&NginxDirective> =
         all.iter().copied().filter(|directive| directive.name == "location").collect();
     let asks_keyward = |location: &NginxDirective| {

@@ -1,7 +1,10 @@
 //! Reads nginx's configuration: directives, their arguments and blocks, as nginx splits them into words. What a
 //! directive means is not known here; the content of a Lua block is skipped.
 
-/// A directive.
+/// The topic of every finding about nginx.
+pub(in crate::doctor) const TOPIC: &str = "nginx";
+
+/// A directive with its arguments and its block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct NginxDirective {
     /// Its name: `proxy_pass`.
@@ -24,6 +27,14 @@ impl NginxDirective {
     pub(super) fn children(&self) -> &[NginxDirective] {
         self.block.as_deref().unwrap_or_default()
     }
+}
+
+/// Every directive of a block, at any depth.
+pub(super) fn flatten(block: &[NginxDirective]) -> Vec<&NginxDirective> {
+    block
+        .iter()
+        .flat_map(|directive| std::iter::once(directive).chain(flatten(directive.children())))
+        .collect()
 }
 
 /// How deep blocks may nest: nginx itself nests about five.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::NginxDirective;
+use super::syntax::NginxDirective;
 
 /// How deep variables are followed: nginx's own may refer to themselves.
 const MAX_RESOLUTION_DEPTH: usize = 8;
@@ -190,8 +190,8 @@ mod tests {
 
     #[test]
     fn only_what_auth_request_set_takes_from_the_right_header_is_an_answer() {
-        let root = super::super::syntax::parse_directives(TEXT, 1).unwrap();
-        let all = super::super::flatten(&root);
+        let root = crate::doctor::nginx::syntax::parse_directives(TEXT, 1).unwrap();
+        let all = crate::doctor::nginx::syntax::flatten(&root);
         let variables = NginxVariables::from_directives(&all);
         for right in ["$user", "${user}", "$USER"] {
             assert!(variables.is_auth_response_header(right, "x-keyward-user"), "{right}");
@@ -215,8 +215,8 @@ mod tests {
 
     #[test]
     fn what_a_client_chooses_is_found_behind_other_variables() {
-        let root = super::super::syntax::parse_directives(TEXT, 1).unwrap();
-        let all = super::super::flatten(&root);
+        let root = crate::doctor::nginx::syntax::parse_directives(TEXT, 1).unwrap();
+        let all = crate::doctor::nginx::syntax::flatten(&root);
         let variables = NginxVariables::from_directives(&all);
         for chosen in ["$evil", "a${http_x}", "$arg_user", "$copy", "$free", "$1", "/x$uri"] {
             assert!(variables.is_client_controlled(chosen) && !variables.is_trusted(chosen), "{chosen}");

@@ -26,7 +26,11 @@ impl RawGatewaySettings {
         let environment = self.environment.filter(|_| problems.is_valid("environments")).and_then(|name| {
             let found = environments.get(&name).map(|environment| environment.name.clone());
             problems.ok_or_add(found.ok_or_else(|| {
-                invalid_setting("gateway.environment", &name, format!("is none of {}", environments.names()))
+                invalid_setting(
+                    "gateway.environment",
+                    &name,
+                    format!("must be one of {}", environments.names()),
+                )
             }))
         });
         let credential_headers =

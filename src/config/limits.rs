@@ -56,8 +56,8 @@ impl RawLimitSettings {
                     ));
                 }
                 (true, None) if problems.is_valid("limits.url") => {
-                    let problem = "needs limits.url, such as redis://127.0.0.1:6379; or KEYWARD_LIMITS_URL, \
-                                   where a password is better kept";
+                    let problem = "needs limits.url, such as redis://127.0.0.1:6379; or set KEYWARD_LIMITS_URL, \
+                                   the better place for a password";
                     problems.add(invalid_setting("limits.backend", "redis", problem));
                 }
                 _ => {}
@@ -78,7 +78,7 @@ impl RawLimitSettings {
 fn parse_redis_timeout(text: &str) -> Result<std::time::Duration, InvalidSetting> {
     let read =
         duration::parse_duration(text).ok().filter(|time| (1..=MAX_TIMEOUT_MS).contains(&time.as_millis()));
-    let problem = "must be 1ms to 1s, such as 20ms: a Check waits so long for Redis";
+    let problem = "must be 1ms to 1s, such as 20ms: a Check waits that long for Redis";
     read.ok_or_else(|| invalid_setting("limits.timeout", text, problem))
 }
 

@@ -98,7 +98,7 @@ impl RawListener {
         let limits = self.validate_limits(services.unwrap_or_default(), problems);
         let address = problems.ok_or_add(self.parse_address());
         if let (Some(_), Some(address @ ListenAddress::Unix { .. })) = (&self.tls, &address) {
-            let problem = "is a socket file, which no network reads: leave [listener.tls] out";
+            let problem = "is a socket file, which needs no TLS: leave [listener.tls] out";
             problems.add(invalid_setting("listener.address", &address.to_string(), problem));
         }
         let has_client_ca = self.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
@@ -151,7 +151,7 @@ impl RawListener {
             return Err(invalid_setting(
                 "listener.address",
                 &self.address,
-                "must be unix:/path, from the root on",
+                "must be unix:/path with an absolute path",
             ));
         }
         let mode = self.mode.as_ref().map(|mode| {
@@ -239,7 +239,7 @@ fn parse_services(names: &[String]) -> Result<ServiceSet, InvalidSetting> {
     let read: Result<ServiceSet, _> = names
         .iter()
         .map(|name| {
-            let problem = || format!("is none of {}", known());
+            let problem = || format!("must be one of {}", known());
             ServiceKind::parse(name).ok_or_else(|| invalid_setting("listener.services", name, problem()))
         })
         .collect();
@@ -265,7 +265,7 @@ fn parse_auth_mode(text: &str, has_identities: bool) -> Result<CallerAuth, Inval
         }
     };
     if auth != CallerAuth::Token && !has_identities {
-        let problem = "lets nobody in by a certificate without a [[listener.identity]]";
+        let problem = "needs a [[listener.identity]]: without one, no certificate is accepted";
         return Err(invalid_setting("listener.auth", text, problem));
     }
     Ok(auth)
@@ -288,7 +288,7 @@ impl RawTlsFiles {
         if let (Some(text), None) = (&self.client_auth, &self.client_ca)
             && problems.is_valid("listener.tls.client_ca")
         {
-            let problem = "needs client_ca: the authorities whose certificates are believed";
+            let problem = "needs client_ca: the authorities whose certificates are trusted";
             problems.add(invalid_setting("listener.tls.client_auth", text, problem));
         }
         let min_version = match self.min_version.as_deref() {
@@ -426,7 +426,7 @@ mod tests {
             ("mode = '0600'", "socket files"),
             ("address = 'unix:/s'\nmode = '9'", "octal"),
             ("services = []", "at least one of check"),
-            ("services = ['everything']", "is none of check"),
+            ("services = ['everything']", "must be one of check"),
             ("services = ['ext_authz', 'reflection']", "check or management"),
             ("auth = 'password'", "token, certificate"),
             ("auth = 'certificate'", "[[listener.identity]]"),

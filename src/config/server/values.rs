@@ -112,7 +112,7 @@ fn add_password_from_file(database: &SecretUrl, file: &Path) -> Result<SecretUrl
         return wrong("has no effect: database is no postgres:// URL".to_owned());
     }
     if database.has_password() {
-        return wrong("is one password too many: take the other one out of the URL in database".to_owned());
+        return wrong("is one password too many: remove the other one from the URL in database".to_owned());
     }
     match std::fs::read_to_string(file) {
         Err(error) => {
@@ -132,7 +132,7 @@ pub(super) fn validate_log_settings(
 ) -> (String, LogFormat) {
     let filter = args.log.as_deref().unwrap_or("info");
     if EnvFilter::try_new(filter).is_err() {
-        let problem = "is no log filter: write off, error, warn, info, debug or trace, or a filter such as \
+        let problem = "is not a log filter: use off, error, warn, info, debug or trace, or a filter such as \
                        info,keyward=debug";
         problems.add_flag("--log", "KEYWARD_LOG", filter, problem);
     }

@@ -143,7 +143,7 @@ pub(crate) struct ClientSettings {
     pub output: OutputFormat,
     /// The time limit of a call; None = the default of the command.
     pub timeout: Option<Duration>,
-    /// The trace that calls belong to; None = there is none.
+    /// The trace that calls belong to, if any.
     pub trace_parent: Option<InheritedTraceContext>,
 }
 

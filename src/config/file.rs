@@ -123,13 +123,13 @@ impl ConfigFile {
     }
 
     /// The line and column of a key or of the table that it would be in, counted from 1.
-    pub(super) fn position(&self, place: &str) -> Option<(usize, usize)> {
-        let mut place = place;
+    pub(super) fn position(&self, indexed_path: &str) -> Option<(usize, usize)> {
+        let mut indexed_path = indexed_path;
         loop {
-            if let Some(span) = self.key_spans.get(place) {
+            if let Some(span) = self.key_spans.get(indexed_path) {
                 return Some(line_and_column(&self.text, span.start));
             }
-            place = place.rsplit_once('.')?.0;
+            indexed_path = indexed_path.rsplit_once('.')?.0;
         }
     }
 }
@@ -171,12 +171,13 @@ struct SchemaValidator<'t> {
 }
 
 impl SchemaValidator<'_> {
-    /// Checks a table and removes invalid values from `values`. `path` is its name; `place` also has the indexes of entries.
-    fn check_table(&mut self, path: &str, place: &str, table: &DeTable<'_>, values: &mut Table) {
+    /// Checks a table and removes invalid values from `values`. `path` is its name; `indexed_path` also has the indexes of entries.
+    fn check_table(&mut self, path: &str, indexed_path: &str, table: &DeTable<'_>, values: &mut Table) {
         for (name, value) in table {
-            let (path, place) = (join_path(path, name.get_ref()), join_path(place, name.get_ref()));
-            self.key_spans.entry(place.clone()).or_insert_with(|| name.span());
-            self.check_entry(&path, &place, name, value.get_ref(), values);
+            let (path, indexed_path) =
+                (join_path(path, name.get_ref()), join_path(indexed_path, name.get_ref()));
+            self.key_spans.entry(indexed_path.clone()).or_insert_with(|| name.span());
+            self.check_entry(&path, &indexed_path, name, value.get_ref(), values);
         }
         for key in schema::find_table(path).into_iter().flat_map(|section| &section.keys) {
             let name = key.path.rsplit('.').next().unwrap_or_default();
@@ -184,12 +185,12 @@ impl SchemaValidator<'_> {
                 values.insert(name.to_owned(), placeholder_value(key));
                 // The misspelled key is reported already.
                 if self.suggested_keys.contains(&key.path) {
-                    self.invalid_keys.insert(join_path(place, name));
+                    self.invalid_keys.insert(join_path(indexed_path, name));
                     continue;
                 }
-                let at = self.key_spans.get(place).map_or(0, |span| span.start);
+                let at = self.key_spans.get(indexed_path).map_or(0, |span| span.start);
                 self.add_problem(
-                    &join_path(place, name),
+                    &join_path(indexed_path, name),
                     at,
                     format!("{} is missing: {}", key.path.replace("[]", ""), key.description),
                 );
@@ -201,7 +202,7 @@ impl SchemaValidator<'_> {
     fn check_entry(
         &mut self,
         path: &str,
-        place: &str,
+        indexed_path: &str,
         name: &Spanned<std::borrow::Cow<'_, str>>,
         value: &DeValue<'_>,
         values: &mut Table,
@@ -211,16 +212,16 @@ impl SchemaValidator<'_> {
         let name_text = name.get_ref().as_ref();
         match (value, values.get_mut(name_text)) {
             (DeValue::Table(table), Some(Value::Table(inner))) if schema::find_table(path).is_some() => {
-                return self.check_table(path, place, table, inner);
+                return self.check_table(path, indexed_path, table, inner);
             }
             (DeValue::Array(entries), Some(Value::Array(inner)))
                 if schema::find_table(&list).is_some() && inner.iter().all(Value::is_table) =>
             {
                 for (number, (entry, inner)) in entries.iter().zip(inner).enumerate() {
                     if let (Some(table), Value::Table(inner)) = (entry.get_ref().as_table(), inner) {
-                        let place = format!("{place}[{number}]");
-                        self.key_spans.insert(place.clone(), entry.span());
-                        self.check_table(&list, &place, table, inner);
+                        let indexed_path = format!("{indexed_path}[{number}]");
+                        self.key_spans.insert(indexed_path.clone(), entry.span());
+                        self.check_table(&list, &indexed_path, table, inner);
                     }
                 }
                 return;
@@ -244,7 +245,7 @@ impl SchemaValidator<'_> {
             }
         };
         if let Some(type_error) = type_error {
-            self.add_problem(place, at, format!("{} {type_error}", path.replace("[]", "")));
+            self.add_problem(indexed_path, at, format!("{} {type_error}", path.replace("[]", "")));
             values.remove(name_text);
             if let Some(key) = key.filter(|key| key.default == DefaultValue::Required) {
                 values.insert(name_text.to_owned(), placeholder_value(key));
@@ -252,9 +253,9 @@ impl SchemaValidator<'_> {
         }
     }
 
-    fn add_problem(&mut self, place: &str, at: usize, text: String) {
+    fn add_problem(&mut self, indexed_path: &str, at: usize, text: String) {
         self.problems.push(problem_at(self.text, at, text));
-        self.invalid_keys.insert(place.to_owned());
+        self.invalid_keys.insert(indexed_path.to_owned());
     }
 }
 

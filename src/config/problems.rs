@@ -30,13 +30,13 @@ pub(super) struct ProblemCollector<'d> {
 
 impl<'d> ProblemCollector<'d> {
     /// Starts with the problems that parsing the file has found.
-    pub(super) fn new(document: Option<&'d ConfigFile>) -> ProblemCollector<'d> {
-        let (invalid_settings, problems) = match document {
-            Some(document) => (document.invalid_keys.clone(), document.problems.clone()),
+    pub(super) fn new(config_file: Option<&'d ConfigFile>) -> ProblemCollector<'d> {
+        let (invalid_settings, problems) = match config_file {
+            Some(config_file) => (config_file.invalid_keys.clone(), config_file.problems.clone()),
             None => Default::default(),
         };
         ProblemCollector {
-            config_file: document,
+            config_file,
             overrides: BTreeMap::new(),
             invalid_settings,
             current_entries: Vec::new(),
@@ -46,10 +46,10 @@ impl<'d> ProblemCollector<'d> {
 
     /// Runs a validation and fails if it has added any problem.
     pub(super) fn collect<T>(
-        document: Option<&'d ConfigFile>,
+        config_file: Option<&'d ConfigFile>,
         read: impl FnOnce(&mut ProblemCollector<'d>) -> Option<T>,
     ) -> Result<T, ConfigError> {
-        let mut problems = ProblemCollector::new(document);
+        let mut problems = ProblemCollector::new(config_file);
         let read = read(&mut problems);
         match read {
             Some(value) if problems.problems.is_empty() => Ok(value),
@@ -62,7 +62,7 @@ impl<'d> ProblemCollector<'d> {
         found.sort();
         found.dedup();
         ConfigError::Invalid {
-            path: self.config_file.map(|document| document.path.display().to_string()),
+            path: self.config_file.map(|config_file| config_file.path.display().to_string()),
             problems: found,
         }
     }
@@ -140,7 +140,7 @@ impl<'d> ProblemCollector<'d> {
                 (None, None) => ProblemSource::Unknown,
             };
         }
-        let position = self.config_file.and_then(|document| document.position(path));
+        let position = self.config_file.and_then(|config_file| config_file.position(path));
         position.map_or(ProblemSource::Unknown, |(line, column)| ProblemSource::File { line, column })
     }
 

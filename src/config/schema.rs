@@ -315,15 +315,15 @@ mod tests {
                 || key.description.contains("Without it");
             for (good, problem) in [
                 (key.description.len() > 10, "its field has no doc comment"),
-                (said, "say its default"),
-                (key.type_label != "value", "what is it?"),
+                (said, "its default is missing"),
+                (key.type_label != "value", "its type is unknown"),
             ] {
                 wrong.extend((!good).then(|| format!("{}: {problem}", key.path)));
             }
         }
         assert!(wrong.is_empty(), "{wrong:#?}");
         for section in all_tables().iter().skip(1) {
-            assert!(section.description.len() > 10, "[{}]: say what it is for", section.path);
+            assert!(section.description.len() > 10, "[{}]: its description is missing", section.path);
         }
     }
 

@@ -1,4 +1,4 @@
-//! Rewords the error messages of serde and TOML for people who do not know Rust.
+//! Rewords the error messages of serde and TOML without terms of Rust.
 
 use std::borrow::Cow;
 

@@ -16,7 +16,7 @@ pub(crate) struct InheritedTraceContext {
 }
 
 impl InheritedTraceContext {
-    /// Reads the trace from the environment. None = there is none, or it is malformed.
+    /// Reads the trace from the environment. None = it is absent or malformed.
     pub(super) fn from_env(
         variable: impl Fn(&'static str) -> Option<OsString>,
     ) -> Option<InheritedTraceContext> {

@@ -51,7 +51,7 @@ pub(crate) async fn run_checks(input: &DoctorInput<'_>, clock: &dyn Clock) -> Do
     let head = match &settings {
         Some(settings) => database::check_database(settings, clock, &mut findings).await,
         None => {
-            findings.skip("store", "the settings do not say which");
+            findings.skip("store", "the settings are invalid");
             None
         }
     };
@@ -78,12 +78,12 @@ fn check_settings(input: &DoctorInput<'_>, findings: &mut DoctorReport) -> Optio
         Ok(settings) => settings,
         Err(ConfigError::Invalid { problems, .. }) => {
             for problem in problems {
-                findings.fail(TOPIC, problem.to_string(), "no server starts with this: correct it");
+                findings.fail(TOPIC, problem.to_string(), "correct it: no server starts with this");
             }
             return None;
         }
         Err(error) => {
-            findings.fail(TOPIC, error.to_string(), "no server starts with this: correct it");
+            findings.fail(TOPIC, error.to_string(), "correct it: no server starts with this");
             return None;
         }
     };

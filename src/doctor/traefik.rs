@@ -1,8 +1,9 @@
-//! Checks a dynamic configuration of Traefik that asks Keyward for traps that let requests pass unjudged. Pure: nothing is
-//! asked.
+//! Checks whether a dynamic configuration of Traefik asks Keyward in a way that lets no request pass unchecked. Pure: it
+//! contacts no server.
 //!
-//! It reads one file of the file provider, or `Middleware` and `IngressRoute` resources of Kubernetes. What other providers
-//! and the static configuration say is not in it. `docs/gateway.md` and `deploy/traefik/keyward.yaml` explain each trap.
+//! It reads one file of the file provider, or `Middleware` and `IngressRoute` resources of Kubernetes. Other
+//! providers and the static configuration are not checked. `docs/gateway.md` and `deploy/traefik/keyward.yaml` explain each
+//! finding.
 
 mod config;
 mod forward_auth;
@@ -14,17 +15,17 @@ use config::{TraefikConfig, TraefikMiddleware, TraefikRouter};
 
 pub(super) use config::TOPIC;
 
-/// The middlewares that give the service another path than the one that is asked for.
+/// The middlewares that change the path.
 const REWRITES: [&str; 5] =
     ["addPrefix", "replacePath", "replacePathRegex", "stripPrefix", "stripPrefixRegex"];
 
-/// Looks at a dynamic configuration: YAML, or TOML if the file's name says so.
+/// Checks a dynamic configuration: TOML if the file name ends in `.toml`, otherwise YAML.
 pub(super) fn check_configuration(name: &str, text: &str, findings: &mut DoctorReport) {
     let configuration = match TraefikConfig::parse(name, text) {
         Ok(configuration) => configuration,
         Err(problem) => {
-            let problem = format!("{name} is no configuration of Traefik: {problem}");
-            return findings.fail(TOPIC, problem, "correct it; what templates in it make is not read here");
+            let problem = format!("{name} is not a Traefik configuration: {problem}");
+            return findings.fail(TOPIC, problem, "correct it; templates are not supported");
         }
     };
     let before = findings.iter().count();
@@ -33,11 +34,7 @@ pub(super) fn check_configuration(name: &str, text: &str, findings: &mut DoctorR
     });
     let Some(first) = asking.next() else {
         let fix = "forwardAuth with address: http://…/auth/traefik, as in deploy/traefik/keyward.yaml";
-        return findings.fail(
-            TOPIC,
-            format!("{name} asks nobody: it has no forwardAuth that asks Keyward"),
-            fix,
-        );
+        return findings.fail(TOPIC, format!("{name} does not ask Keyward: it has no such forwardAuth"), fix);
     };
     for (name, forward) in std::iter::once(first).chain(asking) {
         forward_auth::check_forward_auth(name, forward, findings);
@@ -46,20 +43,20 @@ pub(super) fn check_configuration(name: &str, text: &str, findings: &mut DoctorR
         check_router(router, &configuration, findings);
     }
     if configuration.routers().is_empty() {
-        findings.skip(TOPIC, format!("which routers use it: {name} has none"));
+        findings.skip(TOPIC, format!("which routers use it: {name} has no routers"));
     }
     if let Some(kind) = configuration.other_routers() {
-        findings.skip(TOPIC, format!("the {kind} routers of {name}, about which Keyward cannot be asked"));
+        findings.skip(TOPIC, format!("the {kind} routers of {name}, which cannot ask Keyward"));
     }
-    // What was not looked at may be wrong: nothing is good then.
+    // What was not checked may be wrong, so only a configuration without any finding is good.
     if findings.iter().count() == before {
-        let state = "asks Keyward for every router, and lets no header of a client pass for an answer";
+        let state = "every router asks Keyward, and no header of a client passes as its answer";
         findings.pass(TOPIC, format!("{name}: {state}"));
     }
 }
 
 fn check_router(router: &TraefikRouter, configuration: &TraefikConfig, findings: &mut DoctorReport) {
-    // Traefik's own: the dashboard, its ping, redirects.
+    // Services of Traefik itself, such as the dashboard.
     if router.service.ends_with("@internal") {
         return;
     }
@@ -72,7 +69,7 @@ fn check_router(router: &TraefikRouter, configuration: &TraefikConfig, findings:
     let asks = known.iter().position(|one| one.forward_auth().is_some_and(forward_auth::asks_keyward));
     match asks {
         Some(at) => check_later_middlewares(place, &known, at, findings),
-        // One of those that the file does not have may ask.
+        // A middleware that is not in the file may ask Keyward.
         None if known.len() < all.len() => {}
         None if known.iter().any(|one| one.forward_auth().is_some()) => {
             findings.skip(TOPIC, format!("{place}: its forwardAuth asks another server than Keyward"));
@@ -81,7 +78,7 @@ fn check_router(router: &TraefikRouter, configuration: &TraefikConfig, findings:
     }
 }
 
-/// Whether any of these middlewares removes a header of requests.
+/// Whether one of these middlewares removes a request header.
 fn removes_header(middlewares: &[TraefikMiddleware<'_>], name: &str) -> bool {
     middlewares
         .iter()
@@ -90,8 +87,7 @@ fn removes_header(middlewares: &[TraefikMiddleware<'_>], name: &str) -> bool {
 }
 
 fn report_unasked_router(place: &str, middlewares: &[TraefikMiddleware<'_>], findings: &mut DoctorReport) {
-    let fix =
-        "give it a forwardAuth with ?public=true instead of none: Keyward then looks at path and headers";
+    let fix = "give it a forwardAuth with ?public=true: Keyward then checks path and headers";
     let identity: Vec<&str> =
         IDENTITY_HEADERS.into_iter().filter(|name| !removes_header(middlewares, name)).collect();
     if identity.is_empty() {
@@ -104,7 +100,7 @@ fn report_unasked_router(place: &str, middlewares: &[TraefikMiddleware<'_>], fin
     }
 }
 
-/// What becomes of a request that Keyward has judged: `at` is where it is asked.
+/// Checks the middlewares that follow Keyward, which is at index `at`.
 fn check_later_middlewares(
     place: &str,
     middlewares: &[TraefikMiddleware<'_>],
@@ -116,8 +112,8 @@ fn check_later_middlewares(
     if !left.is_empty() {
         let names = left.join(", ");
         let problem = format!(
-            "{place} sends {names} of a client to its service, which may take the request for another one than Keyward \
-             judged"
+            "{place} sends {names} of a client to its service, which may read the request differently than \
+             Keyward"
         );
         let fix = "a headers middleware with customRequestHeaders that sets them to \"\", as keyward-clean in \
                    deploy/traefik/keyward.yaml";
@@ -128,12 +124,13 @@ fn check_later_middlewares(
             .request_headers()
             .filter(|(name, value)| !value.is_empty() && header_name::has_keyward_prefix(name.as_bytes()))
         {
-            let problem = format!("{place} sets {name}: the service takes it for Keyward's answer");
-            findings.warn(TOPIC, problem, format!("take {name} out of customRequestHeaders"));
+            let problem = format!("{place} sets {name}: the service reads it as Keyward's answer");
+            findings.warn(TOPIC, problem, format!("remove {name} from customRequestHeaders"));
         }
         if let Some(kind) = REWRITES.into_iter().find(|kind| middleware.is(kind)) {
-            let problem =
-                format!("{place} has {kind} behind Keyward: the service gets another path than it judged");
+            let problem = format!(
+                "{place} has {kind} after Keyward: the service gets another path than Keyward checked"
+            );
             findings.warn(TOPIC, problem, format!("put {kind} before the middleware that asks Keyward"));
         }
         if middleware.is("plugin") {
@@ -148,8 +145,7 @@ mod tests {
 
     const SHIPPED: &str = include_str!("../../deploy/traefik/keyward.yaml");
 
-    const GOOD: &str =
-        "ok t.yaml: asks Keyward for every router, and lets no header of a client pass for an answer";
+    const GOOD: &str = "ok t.yaml: every router asks Keyward, and no header of a client passes as its answer";
 
     fn found(text: &str) -> Vec<String> {
         let mut findings = DoctorReport::default();
@@ -213,8 +209,8 @@ mod tests {
                     .replace(", ", "\n        "),
                 "warn keyward sends bodies",
             ),
-            (forward, &*with("maxResponseBodySize: 100"), "warn keyward takes answers of 100 bytes"),
-            (forward, &*with("tls: { insecureSkipVerify: true }"), "fail keyward takes any certificate"),
+            (forward, &*with("maxResponseBodySize: 100"), "warn keyward accepts answers of 100 bytes"),
+            (forward, &*with("tls: { insecureSkipVerify: true }"), "fail keyward accepts any certificate"),
             (
                 "http://127.0.0.1:50053/auth/traefik\n",
                 "http://keyward:50053/auth/traefik\n",
@@ -250,7 +246,7 @@ mod tests {
         };
         let behind = "middlewares: [keyward, keyward-clean, more]";
         for (kind, problem) in [
-            ("stripPrefix: { prefixes: [/v1] }", "warn router other has stripPrefix behind Keyward"),
+            ("stripPrefix: { prefixes: [/v1] }", "warn router other has stripPrefix after Keyward"),
             (
                 "headers: { customRequestHeaders: { X-Keyward-User: root } }",
                 "warn router other sets X-Keyward-User",
@@ -270,9 +266,9 @@ mod tests {
 
     #[test]
     fn a_file_that_asks_nobody_or_cannot_be_read_fails() {
-        assert!(found("http: { routers: {} }")[0].contains("asks nobody"));
-        assert!(found("http: [")[0].starts_with("fail t.yaml is no configuration of Traefik"));
+        assert!(found("http: { routers: {} }")[0].contains("does not ask Keyward"));
+        assert!(found("http: [")[0].starts_with("fail t.yaml is not a Traefik configuration"));
         let other = "http: { middlewares: { sso: { forwardAuth: { address: \"http://sso/check\" } } } }";
-        assert!(found(other)[0].contains("asks nobody"));
+        assert!(found(other)[0].contains("does not ask Keyward"));
     }
 }

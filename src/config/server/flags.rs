@@ -11,6 +11,7 @@ use crate::{
     domain::name::KeyId,
 };
 
+/// The flags of `keyward serve` and of commands that inspect its settings.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ServeArgs {
     /// Address for gRPC [default: 127.0.0.1:50051]
@@ -45,6 +46,7 @@ pub struct ServeArgs {
     /// The Redis that counts rate limits, with `[limits] backend = "redis"`, such as redis://127.0.0.1:6379
     #[arg(long, env = "KEYWARD_LIMITS_URL", value_name = "URL", hide_env_values = true)]
     pub limits_url: Option<SecretUrl>,
+    /// The flags of startup and shutdown.
     #[command(flatten)]
     pub lifecycle: LifecycleArgs,
     /// The number of threads that serve connections; at most 512 [default: one per core]
@@ -56,8 +58,10 @@ pub struct ServeArgs {
     /// The log level: error, warn, info, debug, or a filter such as info,keyward=debug [default: info]
     #[arg(long, env = "KEYWARD_LOG", value_name = "FILTER")]
     pub log: Option<String>,
+    /// The flags of trace export, with the standard variables of OpenTelemetry.
     #[command(flatten)]
     pub telemetry: TelemetryArgs,
+    /// The flags of the database and the configuration file.
     #[command(flatten)]
     pub database: DatabaseArgs,
 }
@@ -108,6 +112,7 @@ pub struct RootKeyArgs {
     /// The id of the lost root key, if an earlier reset has replaced it [default: the newest root key]
     #[arg(long, value_name = "KEY_ID", value_parser = KeyId::parse)]
     pub lost: Option<KeyId>,
+    /// The flags of the database and the configuration file.
     #[command(flatten)]
     pub database: DatabaseArgs,
 }

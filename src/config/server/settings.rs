@@ -30,7 +30,7 @@ pub struct ServerSettings {
     pub reflection: bool,
     /// Whether plaintext may be served beyond this machine.
     pub insecure: bool,
-    /// Limits on concurrent work.
+    /// Limits on concurrent calls and on memory for requests.
     pub overload: OverloadLimits,
     /// The address of the admin pages: `host:port`.
     pub admin_listen: String,
@@ -42,9 +42,9 @@ pub struct ServerSettings {
     pub may_print_root_key: bool,
     /// The number of threads that serve connections.
     pub threads: usize,
-    /// The address of the listener for Envoy: `host:port`; None = there is none.
+    /// The address of the listener for Envoy, if any: `host:port`.
     pub envoy_listen: Option<String>,
-    /// The address for proxies that ask over HTTP: `host:port`; None = there is none.
+    /// The address for proxies that ask over HTTP, if any: `host:port`.
     pub forward_auth_listen: Option<String>,
     /// The file with rules for HTTP requests; it is reloaded when it changes.
     pub rules_file: Option<PathBuf>,

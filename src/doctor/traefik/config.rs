@@ -1,24 +1,24 @@
-//! Reading a dynamic configuration: routers and middlewares by their names, whose fields are written in any case.
+//! Parses a dynamic configuration of Traefik into routers and middlewares. Field names are case-insensitive, as in Traefik.
 
 use serde_json::Value;
 
 /// The topic of every finding about Traefik.
 pub(in crate::doctor) const TOPIC: &str = "traefik";
 
-/// How deep chains of middlewares are followed.
+/// The maximum depth of nested chains.
 const MAX_DEPTH: usize = 8;
 
-/// A table.
+/// A table with case-insensitive field names.
 pub(super) trait JsonObject {
-    /// A field, whatever the case of its name.
+    /// A field that is not null.
     fn field(&self, name: &str) -> Option<&Value>;
     /// Whether a field is true.
     fn is_true(&self, name: &str) -> bool;
-    /// A field of text; empty where there is none.
+    /// A text field; empty if it is absent.
     fn text(&self, name: &str) -> &str;
-    /// The texts of a list; none where there is no list.
+    /// The texts of a list; empty if there is no list.
     fn texts(&self, name: &str) -> Vec<&str>;
-    /// The entries of a table with their names.
+    /// The entries of a table field with their names.
     fn entries(&self, name: &str) -> impl Iterator<Item = (&str, &Value)>;
 }
 
@@ -32,7 +32,7 @@ impl JsonObject for Value {
     }
 
     fn is_true(&self, name: &str) -> bool {
-        // Traefik reads texts as well.
+        // Traefik accepts text too.
         self.field(name).is_some_and(|value| *value == true || *value == "true")
     }
 
@@ -53,20 +53,20 @@ impl JsonObject for Value {
 
 /// A router, or a route of an `IngressRoute`.
 pub(super) struct TraefikRouter {
-    /// What to call it in a finding.
+    /// The name of the router in findings.
     pub(super) place: String,
     /// The name of its service.
     pub(super) service: String,
-    /// The names of its middlewares, in their order.
+    /// The names of its middlewares, in order.
     pub(super) middlewares: Vec<String>,
 }
 
-/// A middleware: a table with one field, which says its kind.
+/// A middleware: a table with one field, whose name is its kind.
 #[derive(Clone, Copy)]
 pub(super) struct TraefikMiddleware<'c>(&'c Value);
 
 impl<'c> TraefikMiddleware<'c> {
-    /// Whether it is of this kind.
+    /// Whether the middleware is of this kind.
     pub(super) fn is(&self, kind: &str) -> bool {
         self.0.field(kind).is_some()
     }
@@ -85,7 +85,7 @@ impl<'c> TraefikMiddleware<'c> {
     }
 }
 
-/// What a file says.
+/// The middlewares and routers of a file.
 pub(super) struct TraefikConfig {
     middlewares: Vec<(String, Value)>,
     routers: Vec<TraefikRouter>,
@@ -93,10 +93,10 @@ pub(super) struct TraefikConfig {
 }
 
 impl TraefikConfig {
-    /// Reads a file: YAML of one or several documents, or TOML if its name ends so.
+    /// Parses YAML with one or several documents, or TOML if the name ends in `.toml`.
     ///
     /// # Errors
-    /// What is wrong with its form, in one line.
+    /// The message of the parser, in one line.
     pub(super) fn parse(name: &str, text: &str) -> Result<TraefikConfig, String> {
         let first_line = |error: String| error.lines().next().unwrap_or_default().to_owned();
         let documents: Vec<Value> = if name.ends_with(".toml") {
@@ -119,7 +119,7 @@ impl TraefikConfig {
         Ok(configuration)
     }
 
-    /// A file of the file provider.
+    /// Adds a file of the file provider.
     fn add_file(&mut self, document: &Value) {
         for (kind, shown) in [("tcp", "TCP"), ("udp", "UDP")] {
             if document.field(kind).is_some_and(|part| part.entries("routers").next().is_some()) {
@@ -132,11 +132,11 @@ impl TraefikConfig {
         self.routers.extend(http.entries("routers").map(|(name, router)| TraefikRouter {
             place: format!("router {name}"),
             service: router.text("service").to_owned(),
-            middlewares: names(router),
+            middlewares: middleware_names(router),
         }));
     }
 
-    /// A resource of Kubernetes.
+    /// Adds a Kubernetes resource.
     fn add_resource(&mut self, resource: &Value) {
         let name = resource.field("metadata").map(|metadata| metadata.text("name")).unwrap_or_default();
         let Some(spec) = resource.field("spec") else { return };
@@ -150,7 +150,7 @@ impl TraefikConfig {
                     TraefikRouter {
                         place: format!("IngressRoute {name}"),
                         service: service.map(|service| service.text("name")).unwrap_or_default().to_owned(),
-                        middlewares: names(route),
+                        middlewares: middleware_names(route),
                     }
                 }));
             }
@@ -160,22 +160,22 @@ impl TraefikConfig {
         }
     }
 
-    /// Every middleware with its name.
+    /// All middlewares with their names.
     pub(super) fn middlewares(&self) -> impl Iterator<Item = (&str, TraefikMiddleware<'_>)> {
         self.middlewares.iter().map(|(name, value)| (name.as_str(), TraefikMiddleware(value)))
     }
 
-    /// Every router for HTTP.
+    /// The HTTP routers; `IngressRoute` has one per route.
     pub(super) fn routers(&self) -> &[TraefikRouter] {
         &self.routers
     }
 
-    /// What other routers there are.
+    /// The kind of other routers in the file: TCP or UDP.
     pub(super) fn other_routers(&self) -> Option<&'static str> {
         self.other_routers
     }
 
-    /// The middlewares with these names, those of chains in their place. `None` = the file does not have it.
+    /// Finds middlewares by name, and replaces chains by their members. None = the file does not have it.
     pub(super) fn resolve(&self, names: &[String]) -> Vec<(String, Option<TraefikMiddleware<'_>>)> {
         let mut resolved = Vec::new();
         self.add_resolved(names, 0, &mut resolved);
@@ -192,9 +192,9 @@ impl TraefikConfig {
             let own = name.strip_suffix("@file").unwrap_or(name);
             let found = self.middlewares.iter().find(|(known, _)| known == own).map(|(_, value)| value);
             match found.map(|value| (value, value.field("chain"))) {
-                // A chain within itself ends here, and counts as one that the file does not have.
+                // A chain that contains itself counts as missing.
                 Some((_, Some(chain))) if depth < MAX_DEPTH => {
-                    self.add_resolved(&self::names(chain), depth + 1, resolved);
+                    self.add_resolved(&middleware_names(chain), depth + 1, resolved);
                 }
                 Some((value, None)) => resolved.push((name.clone(), Some(TraefikMiddleware(value)))),
                 Some((_, Some(_))) | None => resolved.push((name.clone(), None)),
@@ -203,9 +203,9 @@ impl TraefikConfig {
     }
 }
 
-/// The names of middlewares: texts, or tables with a name.
-fn names(of: &Value) -> Vec<String> {
-    let list = of.field("middlewares").and_then(Value::as_array).into_iter().flatten();
+/// The names in a `middlewares` list of texts or of tables with a name.
+fn middleware_names(object: &Value) -> Vec<String> {
+    let list = object.field("middlewares").and_then(Value::as_array).into_iter().flatten();
     list.filter_map(|entry| entry.as_str().or_else(|| entry.field("name")?.as_str()))
         .map(str::to_owned)
         .collect()

@@ -352,12 +352,12 @@ mod tests {
             (
                 "use_remote_address: true",
                 "use_remote_address: true\n          http_protocol_options: { enable_trailers: true }",
-                "warn a listener lets trailers of HTTP/1 in",
+                "warn a listener accepts trailers of HTTP/1",
             ),
             (
                 "outlier_detection:",
                 "http_protocol_options: { enable_trailers: true }\n    outlier_detection:",
-                "fail cluster keyward passes trailers on",
+                "fail cluster keyward forwards trailers",
             ),
             (
                 "use_remote_address: true",
@@ -424,14 +424,14 @@ mod tests {
             (
                 "http2_protocol_options: { connection_keepalive: { interval: 30s, timeout: 5s } }",
                 "http_protocol_options: {}",
-                "fail its cluster keyward does not speak HTTP/2",
+                "fail its cluster keyward does not use HTTP/2",
             ),
             (
                 "address: 127.0.0.1, port_value: 50062",
                 "address: keyward.internal, port_value: 50062",
                 "fail its cluster keyward reaches keyward.internal without TLS",
             ),
-            ("no_traffic_interval: 1s", "", "warn its cluster keyward looks at idle hosts once a minute"),
+            ("no_traffic_interval: 1s", "", "warn its cluster keyward checks idle hosts once a minute"),
             (
                 "outlier_detection:",
                 "common_lb_config: {}\n    other:",
@@ -515,7 +515,7 @@ mod tests {
     #[test]
     fn a_bootstrap_that_asks_nobody_is_told() {
         let found = finding_messages("static_resources: {}");
-        assert!(found.len() == 1 && found[0].contains("asks nobody"), "{found:?}");
+        assert!(found.len() == 1 && found[0].contains("does not ask Keyward"), "{found:?}");
     }
 
     #[test]

@@ -18,8 +18,8 @@ use super::{
 use crate::config::{
     client::{ClientArgs, ClientSettings, OutputFormat},
     effective::{self, EffectiveSetting, EffectiveValue, SettingOrigin, WithSources},
+    error::ConfigProblem,
     file::ConfigFile,
-    problems::ConfigProblem,
     reference_page, schema,
     server::{ConfigError, ServeArgs, ServerSettings, error_headline},
 };

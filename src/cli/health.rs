@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{console::Console, error::CliError};
-use crate::config::health::HealthArgs;
+use crate::config::server::HealthArgs;
 
 /// The longest response that is read; the page is one line.
 const MAX_READYZ_BYTES: u64 = 4096;

@@ -60,8 +60,7 @@ use self::{console::Console, context::CommandContext, error::CliError};
 use crate::{
     config::{
         client::{self as settings, ClientArgs, ClientSettings},
-        health::HealthArgs,
-        server::{RootKeyArgs, ServeArgs},
+        server::{HealthArgs, RootKeyArgs, ServeArgs},
     },
     domain::credential_mask::{looks_like_credential, mask_value},
 };

@@ -1,9 +1,9 @@
-//! Truth values as flags and environment variables say them, all alike.
+//! Parses the truth values of flags and environment variables.
 
-/// Reads a truth value: `1`, `true`, `yes`, `on` or `0`, `false`, `no`, `off`, in any case.
+/// Parses a truth value: `1`, `true`, `yes`, `on` or `0`, `false`, `no`, `off`, in any case.
 ///
 /// # Errors
-/// When it is neither; the error says what would be right.
+/// A message with the accepted words.
 pub(super) fn parse_boolean(text: &str) -> Result<bool, &'static str> {
     let is = |words: [&str; 4]| words.iter().any(|word| text.eq_ignore_ascii_case(word));
     if is(["1", "true", "yes", "on"]) {
@@ -11,7 +11,7 @@ pub(super) fn parse_boolean(text: &str) -> Result<bool, &'static str> {
     } else if is(["0", "false", "no", "off"]) {
         Ok(false)
     } else {
-        Err("must be 1, true, yes or on, or else 0, false, no or off")
+        Err("must be 1, true, yes, on, 0, false, no or off")
     }
 }
 

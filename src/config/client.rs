@@ -1,8 +1,7 @@
-//! The settings of the client commands: flags, then the environment, then the configuration file.
+//! Loads the settings of the client commands: flags override the environment, which overrides the configuration file.
 //!
-//! Here, and not in `cli`, because settings come from the process's surroundings, which only `config` reads.
-//! Not here: connecting, and the token itself. There is no setting that holds a token: arguments and
-//! environments are readable by other processes, files are not.
+//! They are not in `cli`, because only `config` reads the environment. Connecting and reading the token are done elsewhere.
+//! No setting holds a token: other processes can read arguments and environments, but not files.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -18,16 +17,16 @@ use serde::Deserialize;
 use super::{duration, toml_messages, trace_parent::InheritedTraceContext};
 use crate::{domain::credential_mask::mask_value, transport::socket::find_exposed_address};
 
-/// Where the server listens unless it is told otherwise.
-pub const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
+/// The server address without `--server`, `KEYWARD_SERVER` and a configuration file.
+pub(crate) const DEFAULT_SERVER: &str = "http://127.0.0.1:50051";
 
 const DEFAULT_PORT: u16 = 50051;
 
-/// How answers are printed.
+/// The format of printed responses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum OutputFormat {
-    /// For people: tables, with colours on a terminal
+pub(crate) enum OutputFormat {
+    /// For people: tables, with colors on a terminal
     #[default]
     Table,
     /// For programs: the response as one JSON object
@@ -37,7 +36,7 @@ pub enum OutputFormat {
 /// The flags that every client command takes.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Connection")]
-pub struct ClientArgs {
+pub(crate) struct ClientArgs {
     /// Address of the server: https://HOST:PORT, unix:/PATH, or in plaintext http://HOST:PORT or HOST:PORT [or
     /// KEYWARD_SERVER; default: http://127.0.0.1:50051]
     #[arg(long, value_name = "URL", env = "KEYWARD_SERVER", hide_env = true)]
@@ -56,21 +55,20 @@ pub struct ClientArgs {
     /// File with the certificate's private key (PEM) [or KEYWARD_CLIENT_KEY]
     #[arg(long, value_name = "FILE", env = "KEYWARD_CLIENT_KEY", hide_env = true)]
     pub client_key: Option<PathBuf>,
-    /// Send tokens in plaintext to another machine too: where something else protects the network
+    /// Send tokens in plaintext to other machines too, if something else protects the network
     #[arg(long = "insecure", id = "client_insecure")]
     pub insecure: bool,
-    /// How to print the answer [default: table]
+    /// How to print the response [default: table]
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub output: Option<OutputFormat>,
-    /// How long to wait for an answer [default: 10s; 90s for changes that wait until every replica knows
-    /// them]
+    /// How long to wait for a response [default: 10s; 90s for changes that wait for every replica]
     #[arg(long, value_name = "DURATION", value_parser = duration::parse_timeout)]
     pub timeout: Option<Duration>,
 }
 
 impl ClientArgs {
-    /// The ids of these flags.
-    pub const ARG_IDS: [&str; 8] = [
+    /// The clap ids of these flags.
+    pub(crate) const ARG_IDS: [&str; 8] = [
         "server",
         "token_file",
         "ca_file",
@@ -81,9 +79,9 @@ impl ClientArgs {
         "timeout",
     ];
 
-    /// These flags, and those of `outer` where these are silent.
+    /// Fills flags that are not set with those of `outer`.
     #[must_use]
-    pub fn or(self, outer: ClientArgs) -> ClientArgs {
+    pub(crate) fn or(self, outer: ClientArgs) -> ClientArgs {
         ClientArgs {
             server: self.server.or(outer.server),
             token_file: self.token_file.or(outer.token_file),
@@ -97,10 +95,10 @@ impl ClientArgs {
     }
 }
 
-/// Fits the flags of [`ClientArgs`] for a command below the top level, which reads the environment already:
-/// were it read here again, it would win over a flag given before the command's name.
+/// Adapts a flag of [`ClientArgs`] for a subcommand. The top level reads the environment already; read again here, it would
+/// override a flag that precedes the name of the subcommand.
 #[must_use]
-pub fn for_subcommand(arg: Arg) -> Arg {
+pub(crate) fn for_subcommand(arg: Arg) -> Arg {
     match arg.get_id().as_str() {
         "server" | "token_file" | "ca_file" | "client_certificate" | "client_key" => {
             arg.global(true).env(Resettable::Reset)
@@ -110,51 +108,51 @@ pub fn for_subcommand(arg: Arg) -> Arg {
     }
 }
 
-/// The arguments that the program was started with.
+/// The command line of this process.
 #[must_use]
-pub fn process_args() -> Vec<OsString> {
+pub(crate) fn process_args() -> Vec<OsString> {
     std::env::args_os().collect()
 }
 
-/// Where files go that nobody is to keep.
+/// The directory for temporary files.
 #[must_use]
-pub fn temp_dir() -> PathBuf {
+pub(crate) fn temp_dir() -> PathBuf {
     std::env::temp_dir()
 }
 
-/// Whether the surroundings forbid colours (<https://no-color.org>).
+/// Whether the environment disables colors (<https://no-color.org>).
 #[must_use]
-pub fn are_colors_disabled() -> bool {
+pub(crate) fn are_colors_disabled() -> bool {
     env_var_os("NO_COLOR").is_some() || env_var_os("TERM").is_some_and(|term| term == "dumb")
 }
 
-/// What a client command needs to know.
+/// The settings of a client command.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ClientSettings {
-    /// Where to connect to.
+pub(crate) struct ClientSettings {
+    /// The address to connect to.
     pub server: ServerUrl,
     /// The file of the caller's token; `-` is stdin.
     pub token_file: Option<PathBuf>,
-    /// The authorities that sign the server's certificate; None = the system's.
+    /// A PEM file with the trusted authorities of the server's certificate; None = those of the system.
     pub ca_file: Option<PathBuf>,
-    /// The certificate to show, and its key.
+    /// The PEM files of the client certificate and its key.
     pub client_certificate: Option<(PathBuf, PathBuf)>,
     /// Whether tokens may be sent in plaintext to another machine.
     pub insecure: bool,
-    /// How to print.
+    /// The format of printed responses.
     pub output: OutputFormat,
-    /// How long to wait, when it was said.
+    /// The time limit of a call; None = the default of the command.
     pub timeout: Option<Duration>,
-    /// The trace that calls are part of; None = none is known.
+    /// The trace that calls belong to, if any.
     pub trace_parent: Option<InheritedTraceContext>,
 }
 
 impl ClientSettings {
-    /// Completes the flags, which hold the environment's values too, with the configuration file.
+    /// Completes the flags, which include the environment, with the configuration file.
     ///
     /// # Errors
-    /// When the file cannot be read or understood, or the server's address is not one.
-    pub fn load(args: ClientArgs) -> Result<ClientSettings, ClientSettingsError> {
+    /// If the file cannot be read, or a setting is invalid.
+    pub(crate) fn load(args: ClientArgs) -> Result<ClientSettings, ClientSettingsError> {
         let file = match config_file_path(env_var_os) {
             Some(path) => RawClientSettings::load(&path, env_var_os("HOME"))?,
             None => RawClientSettings::default(),
@@ -182,11 +180,14 @@ impl ClientSettings {
         let client_certificate = match (certificate, given(args.client_key.or(file.client_key))) {
             (Some(certificate), Some(key)) => Some((certificate, key)),
             (None, None) => None,
-            _ => return Err(ClientSettingsError("a client certificate and its key go together".to_owned())),
+            _ => {
+                return Err(ClientSettingsError(
+                    "a client certificate needs its key, and a key its certificate".to_owned(),
+                ));
+            }
         };
         if client_certificate.is_some() && !server.is_tls() {
-            let problem =
-                "a client certificate is shown over TLS alone: the server's address must start with https://";
+            let problem = "a client certificate needs TLS: the server's address must start with https://";
             return Err(ClientSettingsError(problem.to_owned()));
         }
         Ok(ClientSettings {
@@ -202,41 +203,40 @@ impl ClientSettings {
     }
 }
 
-/// Settings that cannot be used: what is wrong, and what would be right.
+/// A problem of the client settings, with the value and what would be right.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct ClientSettingsError(String);
+pub(crate) struct ClientSettingsError(String);
 
 impl ClientSettingsError {
-    /// The same with the setting, flag or variable that it is about.
+    /// Prefixes the message with the name of the setting, flag or variable.
     fn with_setting_name(self, setting: &str) -> ClientSettingsError {
         ClientSettingsError(format!("{setting}: {}", self.0))
     }
 }
 
-/// The address of a server.
+/// The address of a server: `https://…`, `http://…` or `unix:/…`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ServerUrl(String);
+pub(crate) struct ServerUrl(String);
 
 impl ServerUrl {
-    /// Reads `https://HOST[:PORT]`, `unix:/PATH`, `http://HOST[:PORT]` or `HOST[:PORT]`; the last two are spoken to in
-    /// plaintext.
+    /// Parses `https://HOST[:PORT]`, `unix:/PATH`, `http://HOST[:PORT]` or `HOST[:PORT]`; the last two mean plaintext.
     ///
     /// # Errors
-    /// When it is none of them; the error says what would be right.
-    pub fn parse(text: &str) -> Result<ServerUrl, ClientSettingsError> {
+    /// A message with the accepted forms.
+    pub(crate) fn parse(text: &str) -> Result<ServerUrl, ClientSettingsError> {
         if let Some(path) = text.strip_prefix("unix:") {
             let path = path.strip_prefix("//").unwrap_or(path);
             if !path.starts_with('/') || path.len() < 2 {
                 let shown = mask_value(text);
                 return Err(ClientSettingsError(format!(
-                    "{shown:?} is no server's address: use unix:/PATH, from the root on"
+                    "{shown:?} is no server's address: use unix:/PATH with an absolute path"
                 )));
             }
             return Ok(ServerUrl(format!("unix:{path}")));
         }
         let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
-        let spoken = match scheme.to_ascii_lowercase().as_str() {
+        let scheme_used = match scheme.to_ascii_lowercase().as_str() {
             "" | "http" => "http",
             "https" => "https",
             _ => {
@@ -244,46 +244,46 @@ impl ServerUrl {
                 return Err(ClientSettingsError(format!("{problem}: {ADDRESS_FORMATS}")));
             }
         };
-        // A password may be before an @, and a part of one behind it.
+        // The text around an @ may be a password.
         let shown =
             if text.contains('@') { "what is given".to_owned() } else { format!("{:?}", mask_value(text)) };
-        let unusable = || ClientSettingsError(format!("{shown} is no server's address: {ADDRESS_FORMATS}"));
+        let invalid = || ClientSettingsError(format!("{shown} is no server's address: {ADDRESS_FORMATS}"));
         let authority: http::uri::Authority =
-            rest.strip_suffix('/').unwrap_or(rest).parse().map_err(|_| unusable())?;
+            rest.strip_suffix('/').unwrap_or(rest).parse().map_err(|_| invalid())?;
         // A password in the address would end up in logs and error messages.
         if authority.as_str().contains('@') || authority.host().is_empty() {
-            return Err(unusable());
+            return Err(invalid());
         }
-        let port_given = authority.as_str().len() > authority.host().len();
-        if port_given && authority.port_u16().is_none() {
-            return Err(unusable());
+        let has_port = authority.as_str().len() > authority.host().len();
+        if has_port && authority.port_u16().is_none() {
+            return Err(invalid());
         }
-        let port = if scheme.is_empty() && !port_given { format!(":{DEFAULT_PORT}") } else { String::new() };
-        Ok(ServerUrl(format!("{spoken}://{authority}{port}")))
+        let port = if scheme.is_empty() && !has_port { format!(":{DEFAULT_PORT}") } else { String::new() };
+        Ok(ServerUrl(format!("{scheme_used}://{authority}{port}")))
     }
 
-    /// Whether it is spoken to over TLS.
+    /// Whether the address is reached over TLS.
     #[must_use]
-    pub fn is_tls(&self) -> bool {
+    pub(crate) fn is_tls(&self) -> bool {
         self.0.starts_with("https:")
     }
 
-    /// The address beyond this machine that plaintext would be sent to; None = TLS, a socket file, or this machine alone.
+    /// The address beyond this machine that would receive plaintext; None = TLS, a socket file, or only this machine.
     ///
     /// # Errors
-    /// When the host's name cannot be looked up.
-    pub fn exposed_address(&self) -> io::Result<Option<SocketAddr>> {
+    /// If the host name does not resolve.
+    pub(crate) fn exposed_address(&self) -> io::Result<Option<SocketAddr>> {
         let Some(authority) = self.0.strip_prefix("http://") else { return Ok(None) };
-        // As the transport does it.
+        // The default port of the transport.
         let has_port =
             authority.parse().is_ok_and(|authority: http::uri::Authority| authority.port().is_some());
         let port = if has_port { "" } else { ":80" };
         find_exposed_address(&format!("{authority}{port}"))
     }
 
-    /// The address with its scheme.
+    /// The address with its scheme, such as `http://localhost:50051`.
     #[must_use]
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
@@ -297,7 +297,6 @@ impl fmt::Display for ServerUrl {
 const ADDRESS_FORMATS: &str = "use https://HOST:PORT, unix:/PATH, http://HOST:PORT or HOST:PORT, such as 127.0.0.1:50051, \
                       without a path or user";
 
-/// The configuration file.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawClientSettings {
@@ -330,12 +329,12 @@ impl RawClientSettings {
         home: Option<&OsStr>,
     ) -> Result<RawClientSettings, ClientSettingsError> {
         let mut file: RawClientSettings = toml::from_str(text).map_err(|error| {
-            // Not the error's own text: it quotes the line, which may hold what belongs in no message.
+            // The error's own text quotes the line, which may hold a secret.
             let line = error.span().map_or(1, |span| {
                 1 + text.as_bytes()[..span.start.min(text.len())].iter().filter(|b| **b == b'\n').count()
             });
             ClientSettingsError(format!(
-                "{}, line {line}: {} (a token itself never stands here)",
+                "{}, line {line}: {} (the file never holds a token)",
                 path.display(),
                 toml_messages::rephrase_serde_error(error.message())
             ))
@@ -349,7 +348,7 @@ impl RawClientSettings {
     }
 }
 
-/// A path in the configuration file: `~/` is the home folder, a relative path starts beside the file.
+/// Resolves a path of the configuration file: `~/` is the home folder; a relative path starts at the folder of the file.
 fn resolve_path(token: PathBuf, file: &Path, home: Option<&OsStr>) -> PathBuf {
     if token.as_os_str() == "-" {
         return token;
@@ -363,28 +362,28 @@ fn resolve_path(token: PathBuf, file: &Path, home: Option<&OsStr>) -> PathBuf {
 /// `$XDG_CONFIG_HOME/keyward/config.toml`, by default below `~/.config`.
 fn config_file_path(variable: impl Fn(&'static str) -> Option<OsString>) -> Option<PathBuf> {
     let base = match variable("XDG_CONFIG_HOME").map(PathBuf::from) {
-        // The specification has relative paths ignored.
+        // The XDG specification ignores relative paths.
         Some(base) if base.is_absolute() => base,
         _ => PathBuf::from(variable("HOME")?).join(".config"),
     };
     Some(base.join("keyward").join("config.toml"))
 }
 
-/// An environment variable; empty counts as unset.
+/// Reads an environment variable; an empty one counts as unset.
 #[expect(clippy::disallowed_methods, reason = "config reads the environment, and nothing else does")]
 fn env_var_os(name: &'static str) -> Option<OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())
 }
 
-/// An environment variable as text; empty counts as absent.
+/// Reads an environment variable as text; an empty one counts as unset.
 #[expect(clippy::disallowed_methods, reason = "config reads the environment, and nothing else does")]
 pub(super) fn env_var(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// Has the flags of a command and of those below it take an empty environment variable for an absent one.
+/// Makes the flags of a command and its subcommands treat an empty environment variable as unset.
 #[must_use]
-pub fn ignore_empty_env_vars(command: clap::Command) -> clap::Command {
+pub(crate) fn ignore_empty_env_vars(command: clap::Command) -> clap::Command {
     command
         .mut_args(|arg| if has_empty_env_var(&arg) { arg.env(Resettable::Reset) } else { arg })
         .mut_subcommands(ignore_empty_env_vars)

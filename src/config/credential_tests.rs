@@ -1,5 +1,5 @@
-//! No setting repeats a credential that was pasted into it by mistake: a table over all settings, credentials and ways to
-//! give a value.
+//! Tests that no setting repeats a credential that was pasted into it by mistake: all settings, several kinds of credentials,
+//! and every way to set a value.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use super::{
 
 const SECRET: &str = "q7RkZ2mVb9XcT4nWs8LpQ1zY";
 
-/// What people paste, each with the part that is a secret.
+/// Credentials that people paste, each with its secret part.
 fn pasted() -> Vec<(String, String)> {
     let token = "Zy9".repeat(16) + "x";
     let password = "SeSame!77";
@@ -45,7 +45,7 @@ fn file_with(path: &str, value: Value) -> String {
     toml::to_string(&value).unwrap()
 }
 
-/// Everything that `config check`, `config show` and `serve` say of these flags over this file.
+/// The output of `config check`, `config show` and `serve` for these flags and this file.
 fn output(flags: &[String], text: &str) -> String {
     let document = match ConfigFile::parse(Path::new("keyward.toml"), text.to_owned()) {
         Ok(document) => document,
@@ -106,7 +106,7 @@ fn no_table_repeats_a_credential_in_place_of_a_key() {
     for section in schema::all_tables() {
         for (text, secret) in pasted() {
             let path = if section.path.is_empty() { String::new() } else { format!("{}.", section.path) };
-            // A dot would make it a key in a table.
+            // A dot would make it a key of a table.
             let name = text.replace('.', "-");
             let output = output(&[], &file_with(&format!("{path}{name}"), Value::Integer(1)));
             assert_kept(&output, &secret, &section.path);

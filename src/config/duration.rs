@@ -1,9 +1,9 @@
-//! Durations as people write them: `90d`, `1h30m`, `500ms`. Flags and files share this one notation.
+//! Parses and formats durations such as `90d`, `1h30m` and `500ms`, the notation of flags and files.
 
 use std::time::Duration;
 
-/// The units, longest first, in milliseconds. A year is 365 days: what a key's life means must not depend on
-/// the day on which it starts, which is also why there is no month.
+/// The units, longest first, in milliseconds. A year is 365 days and there is no month, because a key's lifetime must not
+/// depend on the day on which it starts.
 const UNITS: [(&str, u64); 7] = [
     ("y", 365 * 86_400_000),
     ("w", 7 * 86_400_000),
@@ -17,19 +17,19 @@ const UNITS: [(&str, u64); 7] = [
 const EXPECTED_FORMAT: &str = "write whole numbers with units, longest first: 30d, 12h, 1h30m, 2w, 1y (365 days); \
                       the units are y, w, d, h, m (minutes), s, ms";
 
-/// Reads a duration.
+/// Parses a duration of whole numbers with units, longest unit first.
 ///
 /// # Errors
-/// When it is not one; the error says what would be right.
-pub fn parse_duration(text: &str) -> Result<Duration, String> {
+/// A message with the expected notation.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     parse_millis(text).map(Duration::from_millis).ok_or_else(|| format!("not a duration: {EXPECTED_FORMAT}"))
 }
 
-/// Reads how long to wait: longer than nothing, at most a day.
+/// Parses a timeout between 1 ms and a day.
 ///
 /// # Errors
-/// When it is not that; the error says what would be right.
-pub fn parse_timeout(text: &str) -> Result<Duration, String> {
+/// A message with the expected notation or bounds.
+pub(crate) fn parse_timeout(text: &str) -> Result<Duration, String> {
     let timeout = parse_duration(text)?;
     if timeout.is_zero() || timeout > Duration::from_secs(86_400) {
         return Err("must be between 1ms and 1d".to_owned());
@@ -55,9 +55,9 @@ fn parse_millis(text: &str) -> Option<u64> {
     Some(total)
 }
 
-/// Writes a duration so that [`parse_duration`] reads it back: whole milliseconds in days and smaller units.
+/// Formats a duration so that [`parse_duration`] reads it back: whole milliseconds in days and smaller units.
 #[must_use]
-pub fn format_duration(duration: Duration) -> String {
+pub(crate) fn format_duration(duration: Duration) -> String {
     let mut rest = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let mut text = String::new();
     for (name, length) in &UNITS[2..] {

@@ -1,5 +1,7 @@
-//! Every setting with where it comes from: a flag, the environment, a line of the file, or the default. What they mean
-//! and whether they are right is `server.rs`'s business; a secret leaves here only as the fact that it is set.
+//! Lists every setting with its value and its origin, for `keyward config show`: a flag, the environment, a line of the file,
+//! or the default.
+//!
+//! `server.rs` validates the values. Secrets are never shown, only the fact that one is set.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -17,10 +19,10 @@ use super::{
     server::ServerSettings,
 };
 
-/// Flags with the text of each, and whether it comes from the environment.
+/// Parsed flags with the text and the source of each: the command line or the environment.
 #[derive(Clone, Debug)]
-pub struct WithSources<A> {
-    /// The flags as their command takes them.
+pub(crate) struct WithSources<A> {
+    /// The parsed flags.
     pub args: A,
     raw_values: BTreeMap<String, (SecretUrl, ValueSource)>,
 }
@@ -53,21 +55,21 @@ impl<A: Args> Args for WithSources<A> {
     }
 }
 
-/// Where a setting comes from.
+/// The origin of a setting's value.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SettingOrigin {
-    /// Nobody has set it.
+pub(crate) enum SettingOrigin {
+    /// No flag, variable or file sets it.
     Default,
     /// A line of the file.
     File {
-        /// The file.
+        /// The path of the file.
         path: String,
         /// The line, from 1.
         line: usize,
     },
-    /// An environment variable.
+    /// The name of an environment variable.
     Environment(String),
-    /// A flag.
+    /// A flag with its dashes.
     Flag(String),
 }
 
@@ -81,46 +83,44 @@ impl fmt::Display for SettingOrigin {
     }
 }
 
-/// What a setting is.
+/// The value of a setting as it may be shown.
 #[derive(Clone, Debug, PartialEq)]
-pub enum EffectiveValue {
-    /// This value.
+pub(crate) enum EffectiveValue {
+    /// A value without secrets.
     Value(Value),
-    /// A URL with a password, or what looks like a credential, shown without it.
+    /// A value whose password or credential is masked.
     Redacted(String),
-    /// No fixed value: what happens, in words.
+    /// The default in words, if it is no fixed value.
     Description(String),
 }
 
-/// A setting that is in force.
+/// A setting in force, with its origin.
 #[derive(Clone, Debug)]
-pub struct EffectiveSetting {
-    /// The key.
+pub(crate) struct EffectiveSetting {
+    /// The setting's key in the file.
     pub key: &'static SettingKey,
-    /// Its value.
+    /// The value in force.
     pub value: EffectiveValue,
-    /// Where that comes from.
+    /// The source of the value.
     pub origin: SettingOrigin,
 }
 
-/// Every setting in force of a server with these flags and this file, tables after each other. The keys of a list of
-/// tables are shown by the list.
+/// Every setting of a server with these flags and this file, table by table. A list of tables is one setting.
 #[must_use]
-pub fn effective_settings<A>(
+pub(crate) fn effective_settings<A>(
     sources: &WithSources<A>,
-    document: Option<&ConfigFile>,
+    config_file: Option<&ConfigFile>,
     in_force: &ServerSettings,
 ) -> Vec<EffectiveSetting> {
     let shown = schema::all_keys().filter(|key| !key.path.contains("[]"));
     let find = |key| {
         from_flag_or_env(key, sources)
-            .or_else(|| from_file(key, document?))
-            .unwrap_or_else(|| from_default(key, document, in_force))
+            .or_else(|| from_file(key, config_file?))
+            .unwrap_or_else(|| from_default(key, config_file, in_force))
     };
     shown.map(find).collect()
 }
 
-/// By a flag or the environment.
 fn from_flag_or_env<A>(key: &'static SettingKey, sources: &WithSources<A>) -> Option<EffectiveSetting> {
     let argument = key.arg_id.as_ref()?;
     let (text, source) = sources.raw_values.get(argument)?;
@@ -132,9 +132,9 @@ fn from_flag_or_env<A>(key: &'static SettingKey, sources: &WithSources<A>) -> Op
     let value = match key.value_type {
         ValueType::Integer { .. } => text.parse().map(Value::Integer).ok(),
         ValueType::Boolean => match (boolean::parse_boolean(text).ok()?, argument.starts_with("no_")) {
-            // It says the contrary of the key, and does not undo it.
+            // The flag negates the key; `--no-…=false` does not override the file.
             (false, true) => return None,
-            (value, is_contrary) => Some(Value::Boolean(value != is_contrary)),
+            (value, is_negated) => Some(Value::Boolean(value != is_negated)),
         },
         _ => None,
     };
@@ -142,31 +142,30 @@ fn from_flag_or_env<A>(key: &'static SettingKey, sources: &WithSources<A>) -> Op
     Some(EffectiveSetting { key, value: redact_secret(key, value), origin })
 }
 
-/// In the file.
-fn from_file(key: &'static SettingKey, document: &ConfigFile) -> Option<EffectiveSetting> {
-    let value = redact_secret(key, document.value(&key.path)?.clone());
-    let path = document.path.display().to_string();
+fn from_file(key: &'static SettingKey, config_file: &ConfigFile) -> Option<EffectiveSetting> {
+    let value = redact_secret(key, config_file.value(&key.path)?.clone());
+    let path = config_file.path.display().to_string();
     Some(EffectiveSetting {
         key,
         value,
-        origin: SettingOrigin::File { path, line: document.line_number(&key.path)? },
+        origin: SettingOrigin::File { path, line: config_file.line_number(&key.path)? },
     })
 }
 
-/// Nowhere: the value that holds without the key.
+/// The value of a key that is not set anywhere.
 fn from_default(
     key: &'static SettingKey,
-    document: Option<&ConfigFile>,
+    config_file: Option<&ConfigFile>,
     in_force: &ServerSettings,
 ) -> EffectiveSetting {
-    // A table that turns something on has no values where it is left out.
+    // Without its table the decision log is off, and its defaults do not apply.
     let is_off = key.path.starts_with("decision_log.")
-        && document.is_none_or(|document| document.value("decision_log").is_none());
+        && config_file.is_none_or(|config_file| config_file.value("decision_log").is_none());
     let computed = computed_default(key, in_force).map(EffectiveValue::Value);
     let value = computed.unwrap_or_else(|| match &key.default {
         DefaultValue::Value(value) => match Value::try_from(value) {
             Ok(value) if is_off => {
-                EffectiveValue::Description(format!("without the table nothing; in it {value}"))
+                EffectiveValue::Description(format!("off without the table; in it {value}"))
             }
             Ok(value) => EffectiveValue::Value(value),
             Err(_) => EffectiveValue::Description(value.to_string()),
@@ -177,7 +176,7 @@ fn from_default(
     EffectiveSetting { key, value, origin: SettingOrigin::Default }
 }
 
-/// A default that is no fixed value, but known here.
+/// A default that depends on this machine or on other settings.
 fn computed_default(key: &SettingKey, in_force: &ServerSettings) -> Option<Value> {
     let text = |text: &str| Some(Value::String(text.to_owned()));
     let collector = in_force.telemetry.otlp.as_ref();
@@ -193,7 +192,7 @@ fn computed_default(key: &SettingKey, in_force: &ServerSettings) -> Option<Value
     }
 }
 
-/// A secret is not passed on; a URL without one is none. Any other setting may hold a secret by mistake.
+/// Masks secrets. A secret setting without a password is shown; any other setting may hold a credential by mistake.
 fn redact_secret(key: &SettingKey, value: Value) -> EffectiveValue {
     let url = value.as_str().filter(|_| key.is_secret).map(SecretUrl::from);
     match url {
@@ -210,7 +209,7 @@ fn redact_secret(key: &SettingKey, value: Value) -> EffectiveValue {
     }
 }
 
-/// The value with every text in it masked.
+/// Masks every text of a value.
 fn without_credentials(value: &Value) -> Value {
     match value {
         Value::String(text) => Value::String(mask_value(text).into_owned()),
@@ -223,9 +222,9 @@ fn without_credentials(value: &Value) -> Value {
     }
 }
 
-/// A value as a file can hold it, in one line of printable characters.
+/// Formats a value as TOML, in one line of printable characters.
 #[must_use]
-pub fn in_one_line(value: &Value) -> String {
+pub(crate) fn in_one_line(value: &Value) -> String {
     match value {
         Value::String(text) => escape_toml(text),
         Value::Array(entries) => {
@@ -239,14 +238,14 @@ pub fn in_one_line(value: &Value) -> String {
     }
 }
 
-/// What is accepted and not advised: secrets that whoever reads the file has too.
+/// Warnings about passwords in the file, which every reader of the file learns.
 #[must_use]
-pub fn password_warnings(document: &ConfigFile) -> Vec<String> {
+pub(crate) fn password_warnings(config_file: &ConfigFile) -> Vec<String> {
     let holds = |key: &&SettingKey| {
-        let url = document.value(&key.path).and_then(Value::as_str).map(SecretUrl::from);
+        let url = config_file.value(&key.path).and_then(Value::as_str).map(SecretUrl::from);
         key.is_secret && url.is_some_and(|url| url.has_password())
     };
-    let told = |key: &'static SettingKey| {
+    let warning = |key: &'static SettingKey| {
         let instead = match (key.path.as_str(), &key.env_var) {
             ("database", Some(variable)) => {
                 format!("database_password_file names a file for it, or {variable} holds it")
@@ -254,10 +253,13 @@ pub fn password_warnings(document: &ConfigFile) -> Vec<String> {
             (_, Some(variable)) => format!("let {variable} hold it"),
             (_, None) => "keep it elsewhere".to_owned(),
         };
-        let line = document.line_number(&key.path).unwrap_or(1);
-        format!("line {line}: {} holds a password, which whoever reads the file learns: {instead}", key.path)
+        let line = config_file.line_number(&key.path).unwrap_or(1);
+        format!(
+            "line {line}: {} holds a password, which every reader of the file learns: {instead}",
+            key.path
+        )
     };
-    schema::all_keys().filter(holds).map(told).collect()
+    schema::all_keys().filter(holds).map(warning).collect()
 }
 
 #[cfg(test)]
@@ -270,12 +272,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("k.toml");
         std::fs::write(&path, text).unwrap();
-        let document = ConfigFile::load(&path).unwrap();
+        let config_file = ConfigFile::load(&path).unwrap();
         let command = ServeArgs::augment_args(clap::Command::new("serve"));
         let matches = command.try_get_matches_from([&["serve"], flags].concat()).unwrap();
         let sources = WithSources::<ServeArgs>::from_arg_matches(&matches).unwrap();
-        let in_force = ServerSettings::resolve(&sources.args, Some(&document)).unwrap();
-        let shown = effective_settings(&sources, Some(&document), &in_force).into_iter();
+        let in_force = ServerSettings::resolve(&sources.args, Some(&config_file)).unwrap();
+        let shown = effective_settings(&sources, Some(&config_file), &in_force).into_iter();
         let origin =
             |origin: SettingOrigin| origin.to_string().replace(&folder.path().display().to_string(), "");
         shown.map(|setting| (setting.key.path.clone(), (setting.value, origin(setting.origin)))).collect()

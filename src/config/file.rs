@@ -1,5 +1,6 @@
-//! A configuration file: where each key is, and what is wrong with its form, each with its line and column. What values
-//! mean is the business of the tables that read them.
+//! Parses a configuration file and checks its keys and types against the schema: each problem has a line and a column.
+//!
+//! The modules of the tables validate what the values mean.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,46 +17,47 @@ use toml::{
 use crate::domain::credential_mask::mask_value;
 
 use super::{
-    problems::{ConfigProblem, ProblemSource},
+    error::{ConfigError, ConfigProblem, ProblemSource},
+    raw::RawServerSettings,
     schema::{self, DefaultValue, SettingKey, ValueType},
-    server::{ConfigError, RawServerSettings},
     toml_messages,
 };
 
-/// The largest file, in bytes.
+/// The maximum size of a file in bytes.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
-/// How alike two names must be for one to be meant by the other: of what `strsim` gives from 0 to 1.
+/// The similarity from which one key is suggested for another, as `strsim` measures it from 0 to 1.
 const MIN_SIMILARITY: f64 = 0.6;
 
-/// A file as it is used: keys with a problem of their form are left out of the table.
+/// A parsed file. Keys with a problem are left out of its table.
 #[derive(Debug)]
-pub struct ConfigFile {
-    /// Where it is.
+pub(crate) struct ConfigFile {
+    /// The path as it was given.
     pub path: PathBuf,
     text: String,
-    /// Its values.
+    /// The values without the invalid ones.
     pub(super) table: Table,
-    /// Where each key is, in bytes of the text; entries of lists are numbered: `listener[0].name`.
+    /// The position of each key in bytes of the text; list entries have an index: `listener[0].name`.
     key_spans: BTreeMap<String, Range<usize>>,
-    /// What is wrong with its form.
+    /// Unknown keys, wrong types and missing keys.
     pub(super) problems: Vec<ConfigProblem>,
-    /// The keys that have a problem, and those that a misspelt key probably means.
+    /// The keys with a problem, and the keys that misspelled ones probably mean.
     pub(super) invalid_keys: BTreeSet<String>,
 }
 
 impl ConfigFile {
-    /// Reads a file. Problems of its form are kept, and reported together with those of its values.
+    /// Reads a file. Problems of keys and types are kept, to be reported together with those of the values.
     ///
     /// # Errors
-    /// When it cannot be read, or is no TOML.
-    pub fn load(path: &Path) -> Result<ConfigFile, ConfigError> {
-        let shown = || path.display().to_string();
-        let text = read_text(path).map_err(|source| ConfigError::Unreadable { path: shown(), source })?;
+    /// If the file cannot be read, or is not TOML.
+    pub(crate) fn load(path: &Path) -> Result<ConfigFile, ConfigError> {
+        let display_path = || path.display().to_string();
+        let text =
+            read_text(path).map_err(|source| ConfigError::Unreadable { path: display_path(), source })?;
         ConfigFile::parse(path, text)
-            .map_err(|problems| ConfigError::Invalid { path: Some(shown()), problems })
+            .map_err(|problems| ConfigError::Invalid { path: Some(display_path()), problems })
     }
 
-    /// The same of a text at hand.
+    /// Parses the text of a file.
     pub(super) fn parse(path: &Path, text: String) -> Result<ConfigFile, Vec<ConfigProblem>> {
         let (root, errors) = DeTable::parse_recoverable(&text);
         if !errors.is_empty() {
@@ -68,35 +70,22 @@ impl ConfigFile {
         let table: Table = toml::from_str(&text).map_err(|error| {
             vec![problem_at(&text, 0, toml_messages::rephrase_serde_error(error.message()))]
         })?;
-        let mut form = SchemaValidator {
+        let mut validator = SchemaValidator {
             text: &text,
             key_spans: BTreeMap::new(),
             problems: Vec::new(),
             invalid_keys: BTreeSet::new(),
             suggested_keys: BTreeSet::new(),
         };
-        let mut values = table;
-        form.check_table("", "", root.get_ref(), &mut values);
-        let SchemaValidator {
-            key_spans: places,
-            problems,
-            invalid_keys: mut broken,
-            suggested_keys: meant,
-            ..
-        } = form;
-        // A key that is there is judged, also if another may have been misspelt for it.
-        broken.extend(meant.into_iter().filter(|key| !places.contains_key(key)));
-        Ok(ConfigFile {
-            path: path.to_owned(),
-            table: values,
-            key_spans: places,
-            problems,
-            invalid_keys: broken,
-            text,
-        })
+        let mut table = table;
+        validator.check_table("", "", root.get_ref(), &mut table);
+        let SchemaValidator { key_spans, problems, mut invalid_keys, suggested_keys, .. } = validator;
+        // A key that is present is validated, even if another one may be a misspelling of it.
+        invalid_keys.extend(suggested_keys.into_iter().filter(|key| !key_spans.contains_key(key)));
+        Ok(ConfigFile { path: path.to_owned(), table, key_spans, problems, invalid_keys, text })
     }
 
-    /// The settings that it holds.
+    /// Deserializes the values that have the right type.
     pub(super) fn deserialize_settings(&self) -> Result<RawServerSettings, ConfigError> {
         RawServerSettings::deserialize(self.table.clone()).map_err(|error| ConfigError::Invalid {
             path: Some(self.path.display().to_string()),
@@ -104,17 +93,17 @@ impl ConfigFile {
         })
     }
 
-    /// The value of a key, if it is there.
+    /// The value of a key, if the file has it.
     #[must_use]
-    pub fn value(&self, path: &str) -> Option<&Value> {
+    pub(crate) fn value(&self, path: &str) -> Option<&Value> {
         let mut names = path.split('.');
         let first = self.table.get(names.next()?)?;
         names.try_fold(first, |value, name| value.get(name))
     }
 
-    /// The texts of a key, which may stand in every table of a list: `listener[].tls.certificate`.
+    /// The texts of a key in every table of a list, such as `listener[].tls.certificate`.
     #[must_use]
-    pub fn strings(&self, path: &str) -> Vec<String> {
+    pub(crate) fn strings(&self, path: &str) -> Vec<String> {
         let whole = Value::Table(self.table.clone());
         let mut values = vec![&whole];
         for name in path.split('.') {
@@ -127,20 +116,20 @@ impl ConfigFile {
         values.into_iter().filter_map(Value::as_str).map(str::to_owned).collect()
     }
 
-    /// The line of a key, from 1, if it is there.
+    /// The line of a key, counted from 1, if the file has it.
     #[must_use]
-    pub fn line_number(&self, path: &str) -> Option<usize> {
+    pub(crate) fn line_number(&self, path: &str) -> Option<usize> {
         self.key_spans.get(path).map(|span| line_and_column(&self.text, span.start).0)
     }
 
-    /// The line and the column of a key, or of the table that it would be in, from 1.
-    pub(super) fn position(&self, place: &str) -> Option<(usize, usize)> {
-        let mut place = place;
+    /// The line and column of a key or of the table that it would be in, counted from 1.
+    pub(super) fn position(&self, indexed_path: &str) -> Option<(usize, usize)> {
+        let mut indexed_path = indexed_path;
         loop {
-            if let Some(span) = self.key_spans.get(place) {
+            if let Some(span) = self.key_spans.get(indexed_path) {
                 return Some(line_and_column(&self.text, span.start));
             }
-            place = place.rsplit_once('.')?.0;
+            indexed_path = indexed_path.rsplit_once('.')?.0;
         }
     }
 }
@@ -155,9 +144,9 @@ fn read_text(path: &Path) -> std::io::Result<String> {
     std::fs::read_to_string(path)
 }
 
-fn problem_at(text: &str, at: usize, what: String) -> ConfigProblem {
+fn problem_at(text: &str, at: usize, problem: String) -> ConfigProblem {
     let (line, column) = line_and_column(text, at);
-    ConfigProblem { source: ProblemSource::File { line, column }, text: what }
+    ConfigProblem { source: ProblemSource::File { line, column }, text: problem }
 }
 
 fn line_and_column(text: &str, at: usize) -> (usize, usize) {
@@ -171,36 +160,37 @@ fn join_path(table: &str, name: &str) -> String {
     if table.is_empty() { name.to_owned() } else { format!("{table}.{name}") }
 }
 
-/// The examination of a file's form.
+/// Checks keys and types of a file against the schema.
 struct SchemaValidator<'t> {
     text: &'t str,
     key_spans: BTreeMap<String, Range<usize>>,
     problems: Vec<ConfigProblem>,
     invalid_keys: BTreeSet<String>,
-    /// What misspelt keys probably mean.
+    /// The keys that misspelled ones probably mean.
     suggested_keys: BTreeSet<String>,
 }
 
 impl SchemaValidator<'_> {
-    /// Examines a table: `path` is its name, `place` the same with the numbers of entries. What is wrong leaves `values`.
-    fn check_table(&mut self, path: &str, place: &str, table: &DeTable<'_>, values: &mut Table) {
+    /// Checks a table and removes invalid values from `values`. `path` is its name; `indexed_path` also has the indexes of entries.
+    fn check_table(&mut self, path: &str, indexed_path: &str, table: &DeTable<'_>, values: &mut Table) {
         for (name, value) in table {
-            let (path, place) = (join_path(path, name.get_ref()), join_path(place, name.get_ref()));
-            self.key_spans.entry(place.clone()).or_insert_with(|| name.span());
-            self.check_entry(&path, &place, name, value.get_ref(), values);
+            let (path, indexed_path) =
+                (join_path(path, name.get_ref()), join_path(indexed_path, name.get_ref()));
+            self.key_spans.entry(indexed_path.clone()).or_insert_with(|| name.span());
+            self.check_entry(&path, &indexed_path, name, value.get_ref(), values);
         }
         for key in schema::find_table(path).into_iter().flat_map(|section| &section.keys) {
             let name = key.path.rsplit('.').next().unwrap_or_default();
             if key.default == DefaultValue::Required && !table.keys().any(|there| there.get_ref() == name) {
                 values.insert(name.to_owned(), placeholder_value(key));
-                // The misspelt key is reported already.
+                // The misspelled key is reported already.
                 if self.suggested_keys.contains(&key.path) {
-                    self.invalid_keys.insert(join_path(place, name));
+                    self.invalid_keys.insert(join_path(indexed_path, name));
                     continue;
                 }
-                let at = self.key_spans.get(place).map_or(0, |span| span.start);
+                let at = self.key_spans.get(indexed_path).map_or(0, |span| span.start);
                 self.add_problem(
-                    &join_path(place, name),
+                    &join_path(indexed_path, name),
                     at,
                     format!("{} is missing: {}", key.path.replace("[]", ""), key.description),
                 );
@@ -208,11 +198,11 @@ impl SchemaValidator<'_> {
         }
     }
 
-    /// Examines a key with its value.
+    /// Checks a key and its value.
     fn check_entry(
         &mut self,
         path: &str,
-        place: &str,
+        indexed_path: &str,
         name: &Spanned<std::borrow::Cow<'_, str>>,
         value: &DeValue<'_>,
         values: &mut Table,
@@ -222,16 +212,16 @@ impl SchemaValidator<'_> {
         let name_text = name.get_ref().as_ref();
         match (value, values.get_mut(name_text)) {
             (DeValue::Table(table), Some(Value::Table(inner))) if schema::find_table(path).is_some() => {
-                return self.check_table(path, place, table, inner);
+                return self.check_table(path, indexed_path, table, inner);
             }
             (DeValue::Array(entries), Some(Value::Array(inner)))
                 if schema::find_table(&list).is_some() && inner.iter().all(Value::is_table) =>
             {
                 for (number, (entry, inner)) in entries.iter().zip(inner).enumerate() {
                     if let (Some(table), Value::Table(inner)) = (entry.get_ref().as_table(), inner) {
-                        let place = format!("{place}[{number}]");
-                        self.key_spans.insert(place.clone(), entry.span());
-                        self.check_table(&list, &place, table, inner);
+                        let indexed_path = format!("{indexed_path}[{number}]");
+                        self.key_spans.insert(indexed_path.clone(), entry.span());
+                        self.check_table(&list, &indexed_path, table, inner);
                     }
                 }
                 return;
@@ -239,7 +229,7 @@ impl SchemaValidator<'_> {
             _ => {}
         }
         let given = values.get(name_text);
-        let misfit = match key {
+        let type_error = match key {
             Some(key) if key.value_type == ValueType::TableList && given.is_some_and(Value::is_table) => {
                 Some(format!("must be a list of tables: write [[{path}]]"))
             }
@@ -254,8 +244,8 @@ impl SchemaValidator<'_> {
                 });
             }
         };
-        if let Some(misfit) = misfit {
-            self.add_problem(place, at, format!("{} {misfit}", path.replace("[]", "")));
+        if let Some(type_error) = type_error {
+            self.add_problem(indexed_path, at, format!("{} {type_error}", path.replace("[]", "")));
             values.remove(name_text);
             if let Some(key) = key.filter(|key| key.default == DefaultValue::Required) {
                 values.insert(name_text.to_owned(), placeholder_value(key));
@@ -263,13 +253,13 @@ impl SchemaValidator<'_> {
         }
     }
 
-    fn add_problem(&mut self, place: &str, at: usize, text: String) {
+    fn add_problem(&mut self, indexed_path: &str, at: usize, text: String) {
         self.problems.push(problem_at(self.text, at, text));
-        self.invalid_keys.insert(place.to_owned());
+        self.invalid_keys.insert(indexed_path.to_owned());
     }
 }
 
-/// Has a table be read whose required key is wrong or missing, so that its other keys are judged.
+/// A value for a required key that is invalid or missing, so that the other keys of its table are validated.
 fn placeholder_value(key: &SettingKey) -> Value {
     match key.value_type {
         ValueType::TextList | ValueType::TableList => Value::Array(Vec::new()),
@@ -277,7 +267,7 @@ fn placeholder_value(key: &SettingKey) -> Value {
     }
 }
 
-/// An unknown key; of an unknown table, each key in it.
+/// Visits an unknown key, or each key of an unknown table.
 fn visit_unknown_keys(
     path: &str,
     name: &Spanned<std::borrow::Cow<'_, str>>,
@@ -308,7 +298,7 @@ fn unknown_key_message(path: &str) -> String {
     }
 }
 
-/// The key that was meant: the most alike in the same table, or of all, or else one of the same name elsewhere.
+/// The key that was probably meant: the most similar one of the same table, else of all, else one with the same name.
 fn closest_key(path: &str) -> Option<&'static str> {
     let split = |path: &'_ str| match path.rsplit_once('.') {
         Some((table, name)) => (table.to_owned(), name.to_owned()),
@@ -323,9 +313,9 @@ fn closest_key(path: &str) -> Option<&'static str> {
         near.map(|(_, known)| known)
     };
     let alike = |one: &str, other: &str| strsim::normalized_damerau_levenshtein(one, other);
-    let beside = known().filter(|known| split(known).0 == table);
-    // What the names of tables have in common does not make keys alike.
-    best(&mut beside.map(|known| (alike(&name, &split(known).1), known)))
+    let same_table = known().filter(|known| split(known).0 == table);
+    // The name of the table, which they share, must not count as similarity.
+    best(&mut same_table.map(|known| (alike(&name, &split(known).1), known)))
         .or_else(|| {
             best(
                 &mut known().filter(|known| split(known).0 != table).map(|known| (alike(path, known), known)),

@@ -1,7 +1,4 @@
-//! The table `[gateway]` of the settings file: how HTTP requests that proxies ask about are judged.
-
-use schemars::JsonSchema;
-use serde::Deserialize;
+//! Validates the table `[gateway]`: how HTTP requests are checked for proxies.
 
 use crate::{
     domain::{
@@ -12,55 +9,14 @@ use crate::{
 };
 
 use super::{
+    error::{InvalidSetting, invalid_redacted_setting, invalid_setting},
     problems::ProblemCollector,
-    server::{InvalidSetting, invalid_redacted_setting, invalid_setting},
+    raw::RawGatewaySettings,
 };
 
-/// The most proxies that may stand in front of the one that asks.
 const MAX_TRUSTED_HOPS: usize = 16;
 
-/// How HTTP requests that proxies ask about are judged.
-// Unknown keys are refused: a typo must not be a default.
-#[derive(Debug, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RawGatewaySettings {
-    /// The environment of requests whose route or rule names none.
-    #[schemars(extend("x-default" = "none: a route or rule must name one"))]
-    environment: Option<String>,
-    /// The headers that a token may stand in. `authorization` takes `Bearer TOKEN`, any other the token alone.
-    #[schemars(extend("default" = ["authorization", "x-api-key"]))]
-    credential_headers: Option<Vec<String>>,
-    /// The query parameter that a token may stand in. Not with `forward_auth_listen`.
-    #[schemars(extend("x-default" = "the query is not looked at"))]
-    credential_query: Option<String>,
-    /// Whether the service behind the proxy sees the token.
-    #[schemars(extend("default" = false))]
-    forward_credential: Option<bool>,
-    /// Whether keys that may call Keyward itself pass.
-    #[schemars(extend("default" = false))]
-    management_keys: Option<bool>,
-    /// How many proxies, 0 to 16, stand in front of the one that asks: so many entries of `x-forwarded-for`, from its
-    /// end, are theirs.
-    #[schemars(extend("default" = 0))]
-    trusted_hops: Option<usize>,
-    /// Whether a denied client hears the reason in `x-keyward-reason`.
-    #[schemars(extend("default" = false))]
-    reason_header: Option<bool>,
-    /// Whether a proxy must show a key of its own with `keyward:check`; it then hears of that key's accounts alone. Not
-    /// with `forward_auth_listen`.
-    #[schemars(extend("default" = false))]
-    require_caller: Option<bool>,
-    /// What holds where neither a route nor a rule says it: `enforce`, or `shadow`, which lets all pass and says what
-    /// would have been denied.
-    #[schemars(extend("default" = "enforce", "format" = "`enforce`, `shadow`"))]
-    mode: Option<String>,
-    /// The entries of a key's metadata that go into the proxy's dynamic metadata.
-    #[schemars(extend("default" = Vec::<String>::new()))]
-    publish_metadata: Option<Vec<String>>,
-}
-
 impl RawGatewaySettings {
-    /// Judges the settings.
     pub(super) fn validate(
         self,
         environments: &EnvironmentSet,
@@ -70,7 +26,11 @@ impl RawGatewaySettings {
         let environment = self.environment.filter(|_| problems.is_valid("environments")).and_then(|name| {
             let found = environments.get(&name).map(|environment| environment.name.clone());
             problems.ok_or_add(found.ok_or_else(|| {
-                invalid_setting("gateway.environment", &name, format!("is none of {}", environments.names()))
+                invalid_setting(
+                    "gateway.environment",
+                    &name,
+                    format!("must be one of {}", environments.names()),
+                )
             }))
         });
         let credential_headers =
@@ -118,7 +78,7 @@ fn validate_header_names(list: &[String]) -> Result<Vec<Box<str>>, InvalidSettin
     list.iter().map(read).collect()
 }
 
-/// The name of a query parameter, or of an entry of metadata.
+/// Checks the name of a query parameter or of a metadata entry.
 fn validate_name(setting: &'static str, name: &str) -> Result<(), InvalidSetting> {
     let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     if (1..=64).contains(&name.len()) && name.bytes().all(good) {

@@ -1,51 +1,32 @@
-//! Settings of how a server starts and stops.
+//! Validates the settings of startup and shutdown: delays, migration, and the revision that a restored backup must have.
 
 use std::time::Duration;
-
-use clap::Args;
 
 use crate::domain::time::Revision;
 
 use super::{
     duration,
+    error::{InvalidSetting, invalid_setting},
     problems::ProblemCollector,
-    server::{InvalidSetting, invalid_setting},
 };
 
-/// Balancers and proxies look for health every second or so; and with it a stop ends within 10 s.
+/// Load balancers poll health about every second; with this delay a shutdown still ends within 10 s.
 const DEFAULT_SHUTDOWN_DELAY: Duration = Duration::from_secs(2);
 const MAX_SHUTDOWN_DELAY: Duration = Duration::from_secs(10 * 60);
-/// After that whoever started the process may know better what to do.
+/// Long enough for a failover; after it the process exits, and its supervisor decides what to do.
 const DEFAULT_DATABASE_WAIT: Duration = Duration::from_secs(60);
 const MAX_DATABASE_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The flags.
-#[derive(Args, Clone, Debug, Default)]
-pub struct LifecycleArgs {
-    /// How long to serve on after SIGTERM while health says NOT_SERVING [default: 2s]
-    #[arg(long, env = "KEYWARD_SHUTDOWN_DELAY", value_name = "DURATION")]
-    pub shutdown_delay: Option<String>,
-    /// How long a start waits for a PostgreSQL server that is away [default: 60s]
-    #[arg(long, env = "KEYWARD_DATABASE_WAIT", value_name = "DURATION")]
-    pub database_wait: Option<String>,
-    /// Do not start on an older schema: 'keyward migrate' brings it up to date
-    #[arg(long, env = "KEYWARD_NO_MIGRATE", value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    pub no_migrate: Option<String>,
-    /// Do not start on a database that is older than this revision, as a restored backup may be
-    #[arg(long, env = "KEYWARD_REQUIRE_REVISION", value_name = "REVISION")]
-    pub require_revision: Option<String>,
-}
-
-/// How a server starts and stops.
+/// The validated settings of startup and shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LifecycleSettings {
-    /// How long it serves on while health says NOT_SERVING.
+    /// How long the server keeps serving while health reports NOT_SERVING.
     pub shutdown_delay: Duration,
-    /// How long a start waits for a database that is away.
+    /// How long a start waits for an unreachable database.
     pub database_wait: Duration,
     /// Whether a start migrates an older schema.
     pub auto_migrate: bool,
-    /// What the database must have at least.
+    /// A database with a lower revision is refused.
     pub require_revision: Option<Revision>,
 }
 
@@ -60,26 +41,25 @@ impl Default for LifecycleSettings {
     }
 }
 
-/// Reads a duration up to a bound.
+/// Parses a duration that must not be longer than `max`.
 fn parse_bounded_duration(
     setting: &'static str,
     text: &str,
-    most: Duration,
+    max: Duration,
 ) -> Result<Duration, InvalidSetting> {
     let read = duration::parse_duration(text)
         .map_err(|problem| invalid_setting(setting, text, format!("is {problem}")))?;
-    if read > most {
+    if read > max {
         return Err(invalid_setting(
             setting,
             text,
-            format!("must be at most {}", duration::format_duration(most)),
+            format!("must be at most {}", duration::format_duration(max)),
         ));
     }
     Ok(read)
 }
 
 impl LifecycleSettings {
-    /// Judges the settings.
     pub(super) fn validate(
         shutdown_delay: Option<&str>,
         database_wait: Option<&str>,
@@ -87,9 +67,9 @@ impl LifecycleSettings {
         require_revision: Option<&str>,
         problems: &mut ProblemCollector<'_>,
     ) -> LifecycleSettings {
-        let mut time = |setting, text: Option<&str>, usual, most| {
-            text.and_then(|text| problems.ok_or_add(parse_bounded_duration(setting, text, most)))
-                .unwrap_or(usual)
+        let mut time = |setting, text: Option<&str>, default, max| {
+            text.and_then(|text| problems.ok_or_add(parse_bounded_duration(setting, text, max)))
+                .unwrap_or(default)
         };
         let shutdown_delay =
             time("shutdown_delay", shutdown_delay, DEFAULT_SHUTDOWN_DELAY, MAX_SHUTDOWN_DELAY);

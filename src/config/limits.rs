@@ -1,53 +1,23 @@
-//! The table `[limits]` of the settings file: where rate limits are counted when several processes serve one database.
+//! Validates the tables `[limits]` and `[account_limits]`: the backend that counts rate limits, and the bounds of an account.
 
-use schemars::JsonSchema;
-use serde::Deserialize;
+use std::num::NonZeroU64;
 
+use crate::domain::account::AccountLimits;
 use crate::engine::limiter::{
     ClockSource, LimitSettings, RedisFailurePolicy, RedisKeyPrefix, RedisSettings, RedisUrl,
 };
 
 use super::{
     duration,
+    error::{InvalidSetting, invalid_redacted_setting, invalid_setting},
     problems::ProblemCollector,
-    secret_url::SecretUrl,
-    server::{InvalidSetting, invalid_redacted_setting, invalid_setting},
+    raw::{DEFAULT_REDIS_TIMEOUT, RawAccountLimits, RawLimitSettings},
 };
 
-const DEFAULT_TIMEOUT: &str = "20ms";
-/// The longest that a Check may be made to wait, in milliseconds.
+/// The longest that a Check may wait for Redis, in milliseconds.
 const MAX_TIMEOUT_MS: u128 = 1000;
 
-/// Where rate limits are counted when several processes serve one database.
-// Unknown keys are refused: a typo must not be a default.
-#[derive(Debug, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RawLimitSettings {
-    /// Where limits are counted: `local` in each process, `redis` in one Redis for all.
-    #[schemars(extend("default" = "local", "format" = "`local`, `redis`"))]
-    backend: Option<String>,
-    /// The Redis that counts, such as `redis://127.0.0.1:6379` (`rediss://` with TLS, `unix:///run/redis.sock`). A
-    /// password is better kept in the environment.
-    #[schemars(extend("x-default" = "none; `redis` needs one", "format" = "URL", "x-secret" = true))]
-    url: Option<SecretUrl>,
-    /// What happens while Redis does not answer: `allow` counts in each process, `deny` answers UNAVAILABLE.
-    #[schemars(extend("default" = "allow", "format" = "`allow`, `deny`"))]
-    on_backend_failure: Option<String>,
-    /// How long a Check waits for Redis, 1ms to 1s.
-    #[schemars(extend("default" = DEFAULT_TIMEOUT, "format" = "duration"))]
-    timeout: Option<String>,
-    /// What the names of Keyward's entries in Redis begin with.
-    #[schemars(extend("default" = RedisKeyPrefix::DEFAULT))]
-    prefix: Option<String>,
-}
-
 impl RawLimitSettings {
-    /// Where the URL is kept: a flag or its variable goes before the file.
-    pub(super) fn url_mut(&mut self) -> &mut Option<SecretUrl> {
-        &mut self.url
-    }
-
-    /// Judges the settings.
     pub(super) fn validate(self, problems: &mut ProblemCollector<'_>) -> LimitSettings {
         let is_redis = match self.backend.as_deref() {
             None | Some("local") => false,
@@ -67,7 +37,7 @@ impl RawLimitSettings {
             }
         };
         let timeout =
-            problems.ok_or_add(parse_redis_timeout(self.timeout.as_deref().unwrap_or(DEFAULT_TIMEOUT)));
+            problems.ok_or_add(parse_redis_timeout(self.timeout.as_deref().unwrap_or(DEFAULT_REDIS_TIMEOUT)));
         let prefix = self.prefix.as_deref().unwrap_or(RedisKeyPrefix::DEFAULT);
         let prefix = problems.ok_or_add(
             RedisKeyPrefix::parse(prefix).map_err(|error| invalid_setting("limits.prefix", prefix, error)),
@@ -86,8 +56,8 @@ impl RawLimitSettings {
                     ));
                 }
                 (true, None) if problems.is_valid("limits.url") => {
-                    let problem = "needs limits.url, such as redis://127.0.0.1:6379; or KEYWARD_LIMITS_URL, \
-                                   where a password is better kept";
+                    let problem = "needs limits.url, such as redis://127.0.0.1:6379; or set KEYWARD_LIMITS_URL, \
+                                   the better place for a password";
                     problems.add(invalid_setting("limits.backend", "redis", problem));
                 }
                 _ => {}
@@ -108,8 +78,20 @@ impl RawLimitSettings {
 fn parse_redis_timeout(text: &str) -> Result<std::time::Duration, InvalidSetting> {
     let read =
         duration::parse_duration(text).ok().filter(|time| (1..=MAX_TIMEOUT_MS).contains(&time.as_millis()));
-    let problem = "must be 1ms to 1s, such as 20ms: a Check waits so long for Redis";
+    let problem = "must be 1ms to 1s, such as 20ms: a Check waits that long for Redis";
     read.ok_or_else(|| invalid_setting("limits.timeout", text, problem))
+}
+
+impl RawAccountLimits {
+    pub(super) fn into_account_limits(self) -> AccountLimits {
+        let or = |limit: Option<NonZeroU64>, default| limit.map_or(default, NonZeroU64::get);
+        AccountLimits {
+            keys: or(self.keys, AccountLimits::DEFAULT.keys),
+            roles: or(self.roles, AccountLimits::DEFAULT.roles),
+            rotations_per_hour: or(self.rotations_per_hour, AccountLimits::DEFAULT.rotations_per_hour),
+            log_rows_per_hour: or(self.log_rows_per_hour, AccountLimits::DEFAULT.log_rows_per_hour),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -128,6 +110,22 @@ mod tests {
 
     fn read(text: &str) -> Result<LimitSettings, String> {
         read_with(text, None)
+    }
+
+    #[test]
+    fn each_limit_is_read_and_none_of_them_is_zero() {
+        let read = |text: &str| {
+            toml::from_str::<RawAccountLimits>(text)
+                .map(RawAccountLimits::into_account_limits)
+                .map_err(|error| error.to_string())
+        };
+        assert_eq!(read(""), Ok(AccountLimits::DEFAULT));
+        let all = "keys = 1\nroles = 2\nrotations_per_hour = 3\nlog_rows_per_hour = 4";
+        let expected = AccountLimits { keys: 1, roles: 2, rotations_per_hour: 3, log_rows_per_hour: 4 };
+        assert_eq!(read(all), Ok(expected));
+        for wrong in ["keys = 0", "roles = -1", "keys = 'all'", "members = 5"] {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

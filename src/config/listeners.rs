@@ -1,9 +1,8 @@
-//! The tables `[[check_listener]]` and `[overload]` of the settings file: where gRPC is served, what, to whom, and how much.
+//! Validates the tables `[[listener]]` and `[overload]`: the addresses of gRPC, their services, callers and limits.
+//!
+//! `listener_preflight.rs` checks the files and host names that a listener needs.
 
-use std::path::PathBuf;
-
-use schemars::JsonSchema;
-use serde::Deserialize;
+use std::{net::Ipv6Addr, path::PathBuf};
 
 use crate::{
     domain::{
@@ -19,130 +18,30 @@ use crate::{
 };
 
 use super::{
-    duration, preflight,
+    duration,
+    error::{InvalidSetting, invalid_redacted_setting, invalid_setting},
+    listener_preflight,
     problems::ProblemCollector,
-    server::{
-        ENVOY_LISTENER, InvalidSetting, MAIN_LISTENER, check_address_format, invalid_redacted_setting,
-        invalid_setting,
-    },
+    raw::{RawIdentity, RawListener, RawOverload, RawTlsFiles},
 };
 
+/// The name of the listener of `listen`.
+pub(crate) const MAIN_LISTENER: &str = "main";
+/// The name of the listener of `envoy_listen`.
+pub(crate) const ENVOY_LISTENER: &str = "envoy";
 const DEFAULT_SOCKET_MODE: u32 = 0o660;
-/// A quarter is a connection's, and a request of 4 MiB must fit into what any caller may fill of that.
+/// A connection may use a quarter of the memory, and a request of 4 MiB must fit into one caller's part of that.
 const MIN_REQUEST_BYTES: usize = 32 << 20;
-
-/// A `[[check_listener]]`: an address with services, limits and callers of its own.
-// Unknown keys are refused: a typo must not be a default.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RawListener {
-    /// What logs and metrics call it: 1-64 characters of [a-z0-9_-], its own among the listeners. `main` and `for_envoy`
-    /// are the listeners of `listen` and `envoy_listen`.
-    name: String,
-    /// Where it listens: `host:port`, or `unix:/path` for a socket file. Beyond this machine it needs
-    /// [listener.tls], or `insecure`.
-    address: String,
-    /// The permissions of a socket file, in octal. Who may write to the file may connect. Default: "0660".
-    mode: Option<String>,
-    /// What is served: `check` (AuthzService), `management` (KeyService, AccountService, AuditService), `ext_authz`
-    /// (what Envoy asks), `health`, `reflection` (only together with `check` or `management`).
-    services: Vec<String>,
-    /// What callers must show: `token` (a management key), `certificate` (one of the identities), `either` (a token,
-    /// or without one a certificate), `both`. Default: `either` where there are identities; else `token`, and what
-    /// Envoy asks needs nothing.
-    auth: Option<String>,
-    /// Connections at once. More are closed as they come. Default: 2048; in the whole process never more than file
-    /// descriptors allow.
-    max_connections: Option<usize>,
-    /// Calls at once on a connection, 1 to 65535. Default: 256; 1024 where Envoy alone is served.
-    max_streams: Option<u32>,
-    /// How many calls a client may take back before they were looked at, before its connection is closed. Default: 20;
-    /// 1024 where Envoy alone is served, which takes calls back whenever its own clients go away.
-    pending_resets: Option<usize>,
-    /// The most bytes of headers of a call, each header counted with 32 more; 1024 to 65536. Default: 16384.
-    max_headers: Option<u32>,
-    /// How long a client may take from connecting to its first bytes, the TLS handshake included; 100ms to 1m.
-    /// Default: "10s".
-    handshake_timeout: Option<String>,
-    /// How long a connection without a call is kept, at least; 1s to 1d. Default: "5m".
-    max_connection_idle: Option<String>,
-    /// How old a connection may become before its client is asked to make a new one, a tenth more or less; 1s to 7d.
-    /// Calls in flight end first. Default: "1h".
-    max_connection_age: Option<String>,
-    /// TLS. Without it the listener speaks plaintext.
-    tls: Option<RawTlsFiles>,
-    /// What is granted to whom by a client certificate. Without it, certificates grant nothing.
-    #[serde(default, rename = "identity")]
-    identities: Vec<RawIdentity>,
-}
-
-/// A `[check_listener.tls]`. The files are read again when they change; connections that are open keep what they have.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-struct RawTlsFiles {
-    /// The file with the certificate chain in PEM, the server's own first.
-    certificate: PathBuf,
-    /// The file with its private key in PEM.
-    key: PathBuf,
-    /// The file with the authorities in PEM whose client certificates are believed. Without it none is asked for.
-    client_ca: Option<PathBuf>,
-    /// Whether clients must show a certificate: `required` or `optional`. Default: `required` where there is a
-    /// `client_ca`.
-    client_auth: Option<String>,
-    /// The oldest version of TLS that is spoken: "1.2" or "1.3". Default: "1.2".
-    min_version: Option<String>,
-}
-
-/// A `[[check_listener.identity]]`: whoever shows a certificate with this name, signed by `client_ca`, is a caller with these
-/// scopes. Exactly one of `parse_uri`, `parse_dns` and `parse_email` is given. Taking the table away takes the access away at the next
-/// start.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-struct RawIdentity {
-    /// A URI among the certificate's alternative names, such as "spiffe://example.org/envoy". Without it, `parse_dns` or
-    /// `parse_email` is given.
-    uri: Option<String>,
-    /// A DNS name among them, such as "envoy.internal". Patterns match nothing. Without it, `parse_uri` or `parse_email` is given.
-    dns: Option<String>,
-    /// An e-mail address among them. Without it, `parse_uri` or `parse_dns` is given.
-    email: Option<String>,
-    /// The account that the caller acts in; `keyward` acts on every account.
-    account: String,
-    /// What it is granted, as a management key's scopes: ["keyward:check"]. It gives keys no scope that it lacks.
-    scopes: Vec<String>,
-}
-
-/// The table `[overload]`: how much may be under way at once. Beyond it calls are answered UNAVAILABLE, OVERLOADED, at
-/// once.
-#[derive(Debug, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RawOverload {
-    /// Calls of one serving thread that wait for their turn; 4096 are about a tenth of a second of work.
-    #[schemars(extend("default" = OverloadLimits::default().queued_checks))]
-    queued_checks: Option<usize>,
-    /// Management calls that are worked on in the whole process; a caller or a connection may have a quarter of them,
-    /// an account half; a caller of the operator account half. Four times as many may wait for replicas.
-    #[schemars(extend("default" = OverloadLimits::default().management_calls))]
-    management_calls: Option<usize>,
-    /// Bytes of memory that requests hold while they arrive and are worked on, over all listeners; a connection may
-    /// have a quarter of them. 33554432 or more, so that every request fits; the default is 64 MiB.
-    #[schemars(extend("default" = OverloadLimits::default().request_bytes))]
-    request_bytes: Option<usize>,
-}
 
 impl RawOverload {
     pub(super) fn validate(self, problems: &mut ProblemCollector<'_>) -> OverloadLimits {
         let default = OverloadLimits::default();
-        let mut read = |setting, value: Option<usize>, usual, (least, most): (usize, usize)| match value {
-            Some(value) if !(least..=most).contains(&value) => {
-                problems.add(invalid_setting(
-                    setting,
-                    &value.to_string(),
-                    format!("must be {least} to {most}"),
-                ));
-                usual
+        let mut read = |setting, value: Option<usize>, default, (min, max): (usize, usize)| match value {
+            Some(value) if !(min..=max).contains(&value) => {
+                problems.add(invalid_setting(setting, &value.to_string(), format!("must be {min} to {max}")));
+                default
             }
-            value => value.unwrap_or(usual),
+            value => value.unwrap_or(default),
         };
         let calls = (1, 1 << 20);
         let bytes = (MIN_REQUEST_BYTES, 1 << 40);
@@ -159,28 +58,28 @@ impl RawOverload {
     }
 }
 
-/// Every listener of the file, all valid. `insecure` = plaintext may leave this machine; `with_files` = certificates are
-/// read, and addresses looked up.
+/// Validates every listener of the file. `insecure` = plaintext may be served beyond this machine; `with_files` =
+/// certificates are read and host names resolved.
 pub(super) fn validate_listeners(
-    files: Vec<RawListener>,
+    raw: Vec<RawListener>,
     insecure: bool,
     with_files: bool,
     problems: &mut ProblemCollector<'_>,
 ) -> Vec<ListenerSettings> {
-    let mut listeners: Vec<ListenerSettings> = Vec::with_capacity(files.len());
-    let count = files.len();
-    for (at, file) in files.into_iter().enumerate() {
+    let mut listeners: Vec<ListenerSettings> = Vec::with_capacity(raw.len());
+    let count = raw.len();
+    for (at, listener) in raw.into_iter().enumerate() {
         problems.with_list_entry("listener", at, |problems| {
-            let known = listeners
+            let used_names = listeners
                 .iter()
                 .map(|listener| listener.name.as_str())
                 .chain([MAIN_LISTENER, ENVOY_LISTENER]);
-            if known.into_iter().any(|name| name == file.name) {
-                problems.add(invalid_setting("listener.name", &file.name, "is another listener's name"));
+            if used_names.into_iter().any(|name| name == listener.name) {
+                problems.add(invalid_setting("listener.name", &listener.name, "is another listener's name"));
             }
-            let Some(listener) = file.validate(problems) else { return };
+            let Some(listener) = listener.validate(problems) else { return };
             if with_files {
-                preflight::check_listener(&listener, insecure, problems);
+                listener_preflight::check_listener(&listener, insecure, problems);
             }
             listeners.push(listener);
         });
@@ -192,14 +91,14 @@ pub(super) fn validate_listeners(
 }
 
 impl RawListener {
-    /// Judges a listener; None = too much of it is wrong.
+    /// Validates a listener. None = its services or its address are invalid.
     fn validate(self, problems: &mut ProblemCollector<'_>) -> Option<ListenerSettings> {
         problems.ok_or_add(validate_listener_name(&self.name));
         let services = problems.ok_or_add(parse_services(&self.services));
         let limits = self.validate_limits(services.unwrap_or_default(), problems);
         let address = problems.ok_or_add(self.parse_address());
         if let (Some(_), Some(address @ ListenAddress::Unix { .. })) = (&self.tls, &address) {
-            let problem = "is a socket file, which no network reads: leave [listener.tls] out";
+            let problem = "is a socket file, which needs no TLS: leave [listener.tls] out";
             problems.add(invalid_setting("listener.address", &address.to_string(), problem));
         }
         let has_client_ca = self.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
@@ -220,8 +119,8 @@ impl RawListener {
         let auth =
             self.auth.as_deref().and_then(|auth| problems.ok_or_add(parse_auth_mode(auth, has_identities)));
         let open_to_proxies = self.auth.is_none() && !has_identities;
-        let usual = if has_identities { CallerAuth::TokenOrCertificate } else { CallerAuth::Token };
-        let auth = auth.unwrap_or(usual);
+        let default = if has_identities { CallerAuth::TokenOrCertificate } else { CallerAuth::Token };
+        let auth = auth.unwrap_or(default);
         let (services, address) = (services?, address?);
         Some(ListenerSettings {
             name: self.name,
@@ -252,7 +151,7 @@ impl RawListener {
             return Err(invalid_setting(
                 "listener.address",
                 &self.address,
-                "must be unix:/path, from the root on",
+                "must be unix:/path with an absolute path",
             ));
         }
         let mode = self.mode.as_ref().map(|mode| {
@@ -265,49 +164,50 @@ impl RawListener {
     }
 
     fn validate_limits(&self, services: ServiceSet, problems: &mut ProblemCollector<'_>) -> ConnectionLimits {
-        let usual = ConnectionLimits::for_services(services);
-        let mut time = |setting, text: &Option<String>, usual, least, most| {
-            let Some(text) = text else { return usual };
-            let bounds = (parse_bound(least), parse_bound(most));
+        let defaults = ConnectionLimits::for_services(services);
+        let mut time = |setting, text: &Option<String>, default, min, max| {
+            let Some(text) = text else { return default };
+            let bounds = (parse_bound(min), parse_bound(max));
             let read =
                 duration::parse_duration(text).ok().filter(|time| (bounds.0..=bounds.1).contains(time));
-            let read =
-                read.ok_or_else(|| invalid_setting(setting, text, format!("must be {least} to {most}")));
-            problems.ok_or_add(read).unwrap_or(usual)
+            let read = read.ok_or_else(|| invalid_setting(setting, text, format!("must be {min} to {max}")));
+            problems.ok_or_add(read).unwrap_or(default)
         };
         let limits = ConnectionLimits {
-            max_connections: self.max_connections.unwrap_or(usual.max_connections),
-            max_streams: self.max_streams.unwrap_or(usual.max_streams),
-            max_pending_resets: self.pending_resets.unwrap_or(usual.max_pending_resets),
-            max_header_bytes: self.max_headers.unwrap_or(usual.max_header_bytes),
+            max_connections: self.max_connections.unwrap_or(defaults.max_connections),
+            max_streams: self.max_streams.unwrap_or(defaults.max_streams),
+            max_pending_resets: self.pending_resets.unwrap_or(defaults.max_pending_resets),
+            max_header_bytes: self.max_headers.unwrap_or(defaults.max_header_bytes),
             handshake_timeout: time(
                 "listener.handshake_timeout",
                 &self.handshake_timeout,
-                usual.handshake_timeout,
+                defaults.handshake_timeout,
                 "100ms",
                 "1m",
             ),
             max_idle: time(
                 "listener.max_connection_idle",
                 &self.max_connection_idle,
-                usual.max_idle,
+                defaults.max_idle,
                 "1s",
                 "1d",
             ),
-            max_age: time("listener.max_connection_age", &self.max_connection_age, usual.max_age, "1s", "7d"),
+            max_age: time(
+                "listener.max_connection_age",
+                &self.max_connection_age,
+                defaults.max_age,
+                "1s",
+                "7d",
+            ),
         };
-        for (setting, value, least, most) in [
+        for (setting, value, min, max) in [
             ("listener.max_connections", limits.max_connections, 1, 1 << 20),
             ("listener.max_streams", limits.max_streams as usize, 1, 65_535),
             ("listener.pending_resets", limits.max_pending_resets, 1, 65_535),
             ("listener.max_headers", limits.max_header_bytes as usize, 1024, 65_536),
         ] {
-            if !(least..=most).contains(&value) {
-                problems.add(invalid_setting(
-                    setting,
-                    &value.to_string(),
-                    format!("must be {least} to {most}"),
-                ));
+            if !(min..=max).contains(&value) {
+                problems.add(invalid_setting(setting, &value.to_string(), format!("must be {min} to {max}")));
             }
         }
         limits
@@ -323,7 +223,7 @@ fn validate_listener_name(name: &str) -> Result<(), InvalidSetting> {
     }
 }
 
-/// A bound of ours.
+/// Parses a bound from this file, which is always valid.
 fn parse_bound(text: &str) -> std::time::Duration {
     duration::parse_duration(text).unwrap_or_default()
 }
@@ -339,7 +239,7 @@ fn parse_services(names: &[String]) -> Result<ServiceSet, InvalidSetting> {
     let read: Result<ServiceSet, _> = names
         .iter()
         .map(|name| {
-            let problem = || format!("is none of {}", known());
+            let problem = || format!("must be one of {}", known());
             ServiceKind::parse(name).ok_or_else(|| invalid_setting("listener.services", name, problem()))
         })
         .collect();
@@ -365,7 +265,7 @@ fn parse_auth_mode(text: &str, has_identities: bool) -> Result<CallerAuth, Inval
         }
     };
     if auth != CallerAuth::Token && !has_identities {
-        let problem = "lets nobody in by a certificate without a [[listener.identity]]";
+        let problem = "needs a [[listener.identity]]: without one, no certificate is accepted";
         return Err(invalid_setting("listener.auth", text, problem));
     }
     Ok(auth)
@@ -388,7 +288,7 @@ impl RawTlsFiles {
         if let (Some(text), None) = (&self.client_auth, &self.client_ca)
             && problems.is_valid("listener.tls.client_ca")
         {
-            let problem = "needs client_ca: the authorities whose certificates are believed";
+            let problem = "needs client_ca: the authorities whose certificates are trusted";
             problems.add(invalid_setting("listener.tls.client_auth", text, problem));
         }
         let min_version = match self.min_version.as_deref() {
@@ -428,7 +328,7 @@ impl RawIdentity {
             )),
         };
         let names = ["listener.identity.uri", "listener.identity.dns", "listener.identity.email"];
-        // One whose form is wrong is there all the same.
+        // A name of the wrong type still counts as present.
         let san =
             if names.iter().all(|name| problems.is_valid(name)) { problems.ok_or_add(san) } else { san.ok() };
         let account = AccountId::parse(&self.account)
@@ -447,10 +347,31 @@ impl RawIdentity {
     }
 }
 
+/// Checks the form `host:port`; the host is resolved only when the address is bound.
+pub(super) fn check_address_format(setting: &'static str, value: &str) -> Result<(), InvalidSetting> {
+    let is_host = |host: &str| match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+        // An IPv6 address may carry a zone: fe80::1%eth0.
+        Some(address) => address.split('%').next().is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok()),
+        None => {
+            !host.is_empty()
+                && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
+        }
+    };
+    let well_formed =
+        value.rsplit_once(':').is_some_and(|(host, port)| is_host(host) && port.parse::<u16>().is_ok());
+    if well_formed {
+        Ok(())
+    } else {
+        Err(invalid_setting(setting, value, "must be host:port, such as 127.0.0.1:50051"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use serde::Deserialize;
+
     use super::*;
-    use crate::config::server::ConfigError;
+    use crate::config::error::ConfigError;
 
     #[derive(Deserialize)]
     struct ListenersDocument {
@@ -505,7 +426,7 @@ mod tests {
             ("mode = '0600'", "socket files"),
             ("address = 'unix:/s'\nmode = '9'", "octal"),
             ("services = []", "at least one of check"),
-            ("services = ['everything']", "is none of check"),
+            ("services = ['everything']", "must be one of check"),
             ("services = ['ext_authz', 'reflection']", "check or management"),
             ("auth = 'password'", "token, certificate"),
             ("auth = 'certificate'", "[[listener.identity]]"),

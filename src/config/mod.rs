@@ -1,29 +1,32 @@
-//! Settings: flags, environment and files become values that are valid already. The only place that reads the
-//! environment, and it holds no logic of the product.
+//! Turns flags, environment variables and files into validated settings.
+//!
+//! This is the only module that reads the environment. Connecting, serving and every decision of the product belong
+//! elsewhere.
 
-mod account_limits;
 mod boolean;
-pub mod client;
+pub(crate) mod client;
 #[cfg(test)]
 mod credential_tests;
-pub mod duration;
-pub mod effective;
+pub(crate) mod duration;
+pub(crate) mod effective;
+pub(crate) mod error;
 #[cfg(keyward_breakable)]
 pub mod fault_injection;
-pub mod file;
+pub(crate) mod file;
 mod gateway;
-pub mod health;
 pub mod lifecycle;
-pub mod limits;
+mod limits;
+mod listener_preflight;
 mod listeners;
 mod preflight;
-pub mod problems;
-pub mod reference_page;
-pub mod replicas;
-pub mod rules;
-pub mod schema;
+mod problems;
+mod raw;
+pub(crate) mod reference_page;
+pub(crate) mod replicas;
+pub(crate) mod rules;
+pub(crate) mod schema;
 pub mod secret_url;
 pub mod server;
 pub mod telemetry;
-pub mod toml_messages;
-pub mod trace_parent;
+pub(crate) mod toml_messages;
+pub(crate) mod trace_parent;

@@ -1,5 +1,6 @@
-//! Collects everything that is wrong with settings, each problem with the line, variable or flag that it comes from, so
-//! that one start reports all of it. The modules of the tables judge what values mean.
+//! Collects all problems of the settings with their sources, so that one start reports them together.
+//!
+//! The modules of the tables validate the values; this module knows which line, variable or flag each value comes from.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,83 +11,45 @@ use crate::domain::credential_mask::{mask_message, mask_value};
 
 use super::{
     client::env_var,
+    error::{ConfigError, ConfigProblem, InvalidSetting, ProblemSource},
     file::ConfigFile,
     schema,
-    server::{ConfigError, InvalidSetting},
 };
 
-/// Where a wrong value is written.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ProblemSource {
-    /// In the file.
-    File {
-        /// From 1.
-        line: usize,
-        /// In characters, from 1.
-        column: usize,
-    },
-    /// In this environment variable.
-    Variable(String),
-    /// In this flag.
-    Flag(String),
-    /// Nowhere: a default, or what several settings make together.
-    Unknown,
-}
-
-/// Something that is wrong with settings.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ConfigProblem {
-    /// Where.
-    pub source: ProblemSource,
-    /// What, and what would be right.
-    pub text: String,
-}
-
-impl fmt::Display for ConfigProblem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.source {
-            ProblemSource::File { line, column } => write!(f, "line {line}, column {column}: ")?,
-            ProblemSource::Variable(name) | ProblemSource::Flag(name) => write!(f, "{name}: ")?,
-            ProblemSource::Unknown => {}
-        }
-        f.write_str(&self.text)
-    }
-}
-
-/// What is wrong with the settings of one command.
+/// The problems that one validation of settings has found so far.
 pub(super) struct ProblemCollector<'d> {
     config_file: Option<&'d ConfigFile>,
-    /// The settings that flags or variables give, with their text.
+    /// Settings that a flag or variable sets, with their text.
     overrides: BTreeMap<String, String>,
-    /// The settings that have a problem: what depends on them is not judged.
+    /// Settings with a problem: whatever depends on them is not validated.
     invalid_settings: BTreeSet<String>,
-    /// The entries that are being read: of which list, and which of them.
+    /// The list entries that are being validated: the list and the index.
     current_entries: Vec<(&'static str, usize)>,
     problems: Vec<ConfigProblem>,
 }
 
 impl<'d> ProblemCollector<'d> {
-    /// None yet but those of the file's form.
-    pub(super) fn new(document: Option<&'d ConfigFile>) -> ProblemCollector<'d> {
-        let (broken, found) = match document {
-            Some(document) => (document.invalid_keys.clone(), document.problems.clone()),
+    /// Starts with the problems that parsing the file has found.
+    pub(super) fn new(config_file: Option<&'d ConfigFile>) -> ProblemCollector<'d> {
+        let (invalid_settings, problems) = match config_file {
+            Some(config_file) => (config_file.invalid_keys.clone(), config_file.problems.clone()),
             None => Default::default(),
         };
         ProblemCollector {
-            config_file: document,
+            config_file,
             overrides: BTreeMap::new(),
-            invalid_settings: broken,
+            invalid_settings,
             current_entries: Vec::new(),
-            problems: found,
+            problems,
         }
     }
 
-    /// Reads settings, and fails with everything that was wrong on the way.
+    /// Runs a validation and fails if it has added any problem.
     pub(super) fn collect<T>(
-        document: Option<&'d ConfigFile>,
+        config_file: Option<&'d ConfigFile>,
         read: impl FnOnce(&mut ProblemCollector<'d>) -> Option<T>,
     ) -> Result<T, ConfigError> {
-        let mut problems = ProblemCollector::new(document);
+        let mut problems = ProblemCollector::new(config_file);
         let read = read(&mut problems);
         match read {
             Some(value) if problems.problems.is_empty() => Ok(value),
@@ -99,29 +62,29 @@ impl<'d> ProblemCollector<'d> {
         found.sort();
         found.dedup();
         ConfigError::Invalid {
-            path: self.config_file.map(|document| document.path.display().to_string()),
+            path: self.config_file.map(|config_file| config_file.path.display().to_string()),
             problems: found,
         }
     }
 
-    /// Notes that a flag or a variable gives a setting, which then counts in place of the file's.
+    /// Records that a flag or variable overrides the file's value of a setting.
     pub(super) fn set_override(&mut self, setting: &str, text: &str) {
         self.overrides.insert(setting.to_owned(), text.to_owned());
         self.invalid_settings.remove(setting);
     }
 
-    /// Whether a setting has no problem yet, so that others may be judged by it.
+    /// Whether a setting has no problem yet, so that other settings may be validated against it.
     pub(super) fn is_valid(&self, setting: &str) -> bool {
         !self.invalid_settings.contains(&self.indexed_path(setting))
     }
 
-    /// Has nothing be judged by a setting of which a part is wrong.
+    /// Excludes a setting from the validation of others, because a part of it is invalid or unknown.
     pub(super) fn mark_invalid(&mut self, setting: &str) {
-        let place = self.indexed_path(setting);
-        self.invalid_settings.insert(place);
+        let path = self.indexed_path(setting);
+        self.invalid_settings.insert(path);
     }
 
-    /// Reads a part of the settings that is an entry of a list.
+    /// Validates an entry of a list: settings within `read` belong to that entry.
     pub(super) fn with_list_entry<T>(
         &mut self,
         list: &'static str,
@@ -134,40 +97,40 @@ impl<'d> ProblemCollector<'d> {
         read
     }
 
-    /// Takes a value, or notes what is wrong with it.
+    /// The value, or None after the problem was added.
     pub(super) fn ok_or_add<T>(&mut self, read: Result<T, InvalidSetting>) -> Option<T> {
         read.map_err(|invalid| self.add(invalid)).ok()
     }
 
-    /// Notes a problem. A setting whose form is wrong already has no other.
+    /// Adds a problem, unless the setting has one already.
     pub(super) fn add(&mut self, invalid: InvalidSetting) {
-        let place = self.indexed_path(invalid.setting);
+        let path = self.indexed_path(invalid.setting);
         if !self.is_valid(invalid.setting) {
             return;
         }
-        let source = self.find_source(invalid.setting, &place);
-        self.invalid_settings.insert(place);
+        let source = self.find_source(invalid.setting, &path);
+        self.invalid_settings.insert(path);
         self.problems.push(ConfigProblem { source, text: invalid.to_string() });
     }
 
-    /// The setting with the numbers of the entries that are being read: `listener[1].address`.
+    /// The path of a setting with the indexes of the current entries: `listener[1].address`.
     fn indexed_path(&self, setting: &str) -> String {
-        let mut place = String::new();
+        let mut indexed = String::new();
         for (end, _) in setting.match_indices('.').chain([(setting.len(), "")]) {
             let path = &setting[..end];
             let name = path.rsplit('.').next().unwrap_or_default();
-            if !place.is_empty() {
-                place.push('.');
+            if !indexed.is_empty() {
+                indexed.push('.');
             }
-            place.push_str(name);
+            indexed.push_str(name);
             if let Some((_, at)) = self.current_entries.iter().find(|(list, _)| *list == path) {
-                place.push_str(&format!("[{at}]"));
+                indexed.push_str(&format!("[{at}]"));
             }
         }
-        place
+        indexed
     }
 
-    fn find_source(&self, setting: &str, place: &str) -> ProblemSource {
+    fn find_source(&self, setting: &str, path: &str) -> ProblemSource {
         let key = schema::find_key_ignoring_lists(setting);
         if let (Some(text), Some(key)) = (self.overrides.get(setting), key) {
             let by_variable = key.env_var.as_ref().filter(|name| env_var(name).as_ref() == Some(text));
@@ -177,29 +140,29 @@ impl<'d> ProblemCollector<'d> {
                 (None, None) => ProblemSource::Unknown,
             };
         }
-        let position = self.config_file.and_then(|document| document.position(place));
+        let position = self.config_file.and_then(|config_file| config_file.position(path));
         position.map_or(ProblemSource::Unknown, |(line, column)| ProblemSource::File { line, column })
     }
 
-    /// Notes what is wrong with a variable of all programs; its value is not shown.
+    /// Adds a problem of a variable that is not Keyward's own, such as `OTEL_…`; its value is not shown.
     pub(super) fn add_variable(&mut self, variable: &str, problem: impl fmt::Display) {
         let source = ProblemSource::Variable(variable.to_owned());
         self.problems.push(ConfigProblem { source, text: format!("the value {problem}") });
     }
 
-    /// Notes several problems of the file that a setting names.
+    /// Adds the problems of the file that a setting names.
     pub(super) fn add_all(&mut self, setting: &'static str, texts: impl IntoIterator<Item = String>) {
-        let place = self.indexed_path(setting);
-        let source = self.find_source(setting, &place);
+        let path = self.indexed_path(setting);
+        let source = self.find_source(setting, &path);
         self.problems.extend(
             texts
                 .into_iter()
                 .map(|text| ConfigProblem { source: source.clone(), text: mask_message(&text).into_owned() }),
         );
-        self.invalid_settings.insert(place);
+        self.invalid_settings.insert(path);
     }
 
-    /// Notes what is wrong with a flag or variable that has no key in the file.
+    /// Adds a problem of a flag or variable that has no key in the file.
     pub(super) fn add_flag(&mut self, flag: &str, variable: &str, text: &str, problem: impl fmt::Display) {
         let source = match env_var(variable).as_deref() == Some(text) {
             true => ProblemSource::Variable(variable.to_owned()),
@@ -214,7 +177,7 @@ impl<'d> ProblemCollector<'d> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::server::invalid_setting;
+    use crate::config::error::invalid_setting;
 
     #[test]
     fn a_setting_in_an_entry_of_a_list_is_placed_by_its_number() {

@@ -1,4 +1,4 @@
-//! What makes this process one replica among others: its name, and the lease of a new database.
+//! Parses and formats the settings of a replica: its name, and the lease of a new database.
 
 use std::time::Duration;
 
@@ -6,18 +6,18 @@ use crate::domain::lease::LeaseDuration;
 
 use super::{
     duration,
-    server::{InvalidSetting, invalid_setting},
+    error::{InvalidSetting, invalid_setting},
 };
 
 const MAX_NAME_LEN: usize = 255;
-/// Longer is no lease that anybody wants: `static` says what is meant.
+/// Longer outages call for `static`.
 const MAX_LEASE: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Reads a lease: `strict`, `default`, `static`, or a duration.
+/// Parses a lease: `strict`, `default`, `static`, or a duration.
 ///
 /// # Errors
-/// When it is none of them; the error says what would be right.
-pub fn parse_lease(text: &str) -> Result<LeaseDuration, String> {
+/// A message with the accepted values.
+pub(crate) fn parse_lease(text: &str) -> Result<LeaseDuration, String> {
     match text {
         "strict" => Ok(LeaseDuration::STRICT),
         "default" => Ok(LeaseDuration::DEFAULT),
@@ -35,9 +35,9 @@ pub fn parse_lease(text: &str) -> Result<LeaseDuration, String> {
     }
 }
 
-/// Writes a lease as people read it.
+/// Formats a lease for people.
 #[must_use]
-pub fn format_lease(lease: LeaseDuration) -> String {
+pub(crate) fn format_lease(lease: LeaseDuration) -> String {
     lease.length().map_or_else(|| "static (never runs out)".to_owned(), duration::format_duration)
 }
 
@@ -54,9 +54,9 @@ pub(super) fn validate_replica_name(name: &str) -> Result<String, InvalidSetting
     }
 }
 
-/// What a replica is called that nobody has named: its machine and its port.
+/// The name of a replica without `replica_name`: its machine and port.
 #[must_use]
-pub fn default_replica_name(port: u16) -> String {
+pub(crate) fn default_replica_name(port: u16) -> String {
     let machine = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let machine: String = machine.chars().filter(char::is_ascii_graphic).take(MAX_NAME_LEN - 6).collect();
     format!("{machine}:{port}")

@@ -1,5 +1,6 @@
-//! The rules file: TOML becomes rules that are valid already, or a list of everything that is wrong with it, each
-//! with its line. What the rules mean is `domain::parse_route`'s business.
+//! Parses and validates the rules file of the gateway: TOML becomes route rules, or a list of all problems with their lines.
+//!
+//! `domain::route` matches requests against the rules.
 
 use std::{fmt, path::Path};
 
@@ -20,15 +21,15 @@ use crate::domain::{
     scope::Scope,
 };
 
-/// The largest file, in bytes.
-pub const MAX_RULES_FILE_BYTES: u64 = 1024 * 1024;
+/// The maximum size of a file in bytes.
+pub(crate) const MAX_RULES_FILE_BYTES: u64 = 1024 * 1024;
 
-/// Something that is wrong with a file.
+/// A problem of a rules file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RuleProblem {
-    /// Where, from 1.
+pub(crate) struct RuleProblem {
+    /// The line of the problem, counted from 1.
     pub line: usize,
-    /// What, and what would be right.
+    /// The problem in one line; credentials are masked.
     pub text: String,
 }
 
@@ -40,21 +41,21 @@ impl fmt::Display for RuleProblem {
 
 /// Why a rules file cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum RulesFileError {
-    /// It cannot be read.
+pub(crate) enum RulesFileError {
+    /// The file system denies it, or the file is too large.
     #[error("the rules file {} cannot be read: {source}", mask_value(.path))]
     Unreadable {
-        /// The file.
+        /// The path as it was given.
         path: String,
-        /// The cause.
+        /// The error of the file system.
         source: std::io::Error,
     },
-    /// It is not what it should be: everything that is wrong with it.
+    /// The file has problems.
     #[error("the rules file {} is wrong:\n  {}", mask_value(.path), .problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n  "))]
     Invalid {
-        /// The file.
+        /// The path as it was given.
         path: String,
-        /// Each with its line.
+        /// All problems, sorted by line.
         problems: Vec<RuleProblem>,
     },
 }
@@ -68,7 +69,7 @@ struct RawRules {
     rule: Vec<Spanned<RawRoute>>,
 }
 
-/// A rule, and the defaults, which have no path.
+/// A `[[rule]]` or the `[defaults]`, which have no path and no requirement.
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawRoute {
@@ -88,22 +89,25 @@ struct RawRoute {
     mode: Option<Spanned<String>>,
 }
 
-/// Reads a file: its text, and the rules.
+/// Reads a file and returns its text and its rules.
 ///
 /// # Errors
-/// When it cannot be read or is wrong; every problem has its line.
-pub fn load_rules(path: &Path, environments: &EnvironmentSet) -> Result<(String, RuleBook), RulesFileError> {
+/// If the file cannot be read, or has problems.
+pub(crate) fn load_rules(
+    path: &Path,
+    environments: &EnvironmentSet,
+) -> Result<(String, RuleBook), RulesFileError> {
     let unreadable = |source| RulesFileError::Unreadable { path: path.display().to_string(), source };
     let text = read_rules_text(path).map_err(unreadable)?;
     let book = parse_rules_file(path, &text, environments)?;
     Ok((text, book))
 }
 
-/// Reads the text of a file that is named when it is wrong.
+/// Parses the text of the file at `path`, which the error names.
 ///
 /// # Errors
-/// When it is wrong; every problem has its line.
-pub fn parse_rules_file(
+/// All problems of the file.
+pub(crate) fn parse_rules_file(
     path: &Path,
     text: &str,
     environments: &EnvironmentSet,
@@ -112,11 +116,11 @@ pub fn parse_rules_file(
     parse_rules(text, environments).map_err(wrong)
 }
 
-/// The text of a file that is not too large.
+/// Reads the text of a file.
 ///
 /// # Errors
-/// When it cannot be read, or is no rules file by its size.
-pub fn read_rules_text(path: &Path) -> std::io::Result<String> {
+/// If the file cannot be read, or is larger than [`MAX_RULES_FILE_BYTES`].
+pub(crate) fn read_rules_text(path: &Path) -> std::io::Result<String> {
     let length = std::fs::metadata(path)?.len();
     if length > MAX_RULES_FILE_BYTES {
         let problem = format!("it has {length} bytes; at most {MAX_RULES_FILE_BYTES} are allowed");
@@ -125,11 +129,11 @@ pub fn read_rules_text(path: &Path) -> std::io::Result<String> {
     std::fs::read_to_string(path)
 }
 
-/// Reads the text of a file.
+/// Parses the text of a file.
 ///
 /// # Errors
-/// Everything that is wrong with it.
-pub fn parse_rules(text: &str, environments: &EnvironmentSet) -> Result<RuleBook, Vec<RuleProblem>> {
+/// All problems, sorted by line.
+pub(crate) fn parse_rules(text: &str, environments: &EnvironmentSet) -> Result<RuleBook, Vec<RuleProblem>> {
     let file: RawRules = toml::from_str(text).map_err(|error| vec![toml_problem(text, &error)])?;
     let mut reader = RulesValidator { text, environments, problems: Vec::new() };
     let RawRules { defaults, rule } = file;
@@ -158,7 +162,7 @@ fn sort_by_line(mut problems: Vec<RuleProblem>) -> Vec<RuleProblem> {
     problems
 }
 
-/// What is no TOML, or has a key that no rule has.
+/// The problem of a text that is not TOML, or has an unknown key.
 fn toml_problem(text: &str, error: &toml::de::Error) -> RuleProblem {
     let at = error.span().map_or(0, |span| span.start);
     RuleProblem { line: line_number(text, at), text: toml_messages::rephrase_serde_error(error.message()) }
@@ -192,7 +196,7 @@ impl RulesValidator<'_> {
             .collect()
     }
 
-    /// One rule, unless something is wrong with it.
+    /// Validates a rule. None = it has problems.
     fn validate_rule(&mut self, defaults: &RawRoute, rule: &RawRoute, at: usize) -> Option<RouteRule> {
         let before = self.problems.len();
         let path = match &rule.path {
@@ -221,9 +225,9 @@ impl RulesValidator<'_> {
                 None
             }
         };
-        let demand = self.parse_requirement(rule, at);
+        let requirement = self.parse_requirement(rule, at);
         let route = self.parse_route(rule, path.as_ref());
-        let route = RouteSpec { requirement: demand, ..route };
+        let route = RouteSpec { requirement, ..route };
         let (path, hosts, methods) = (path?, hosts?, methods?);
         let line = line_number(self.text, at);
         (self.problems.len() == before).then_some(RouteRule { line, hosts, methods, path, route })
@@ -239,7 +243,7 @@ impl RulesValidator<'_> {
         ];
         for (field, span) in no_default {
             if let Some(span) = span {
-                self.add_problem(span.start, format!("{field} has no default: each rule says its own"));
+                self.add_problem(span.start, format!("{field} has no default: set it in each rule"));
             }
         }
         self.parse_route(defaults, None)
@@ -253,26 +257,26 @@ impl RulesValidator<'_> {
         self.parse_or_add("hosts", list, |list| list.iter().map(|host| HostPattern::parse(host)).collect())
     }
 
-    /// What a rule demands: exactly one of four ways to say it.
+    /// Parses the requirement of a rule, which exactly one of four keys states.
     fn parse_requirement(&mut self, rule: &RawRoute, at: usize) -> Option<RouteRequirement> {
-        let said = [
+        let given = [
             rule.scope.is_some(),
             rule.scopes.is_some(),
             rule.authenticate_only.is_some(),
             rule.public.is_some(),
         ];
-        if said.into_iter().filter(|said| *said).count() != 1 {
+        if given.into_iter().filter(|given| *given).count() != 1 {
             self.add_problem(
                 at,
                 "exactly one of scope, scopes, authenticate_only = true and public = true is needed",
             );
             return None;
         }
-        for (field, said) in [("authenticate_only", &rule.authenticate_only), ("public", &rule.public)] {
-            if let Some(said) = said
-                && !*said.get_ref()
+        for (field, value) in [("authenticate_only", &rule.authenticate_only), ("public", &rule.public)] {
+            if let Some(value) = value
+                && !*value.get_ref()
             {
-                self.add_problem(said.span().start, format!("{field} = false says nothing: leave it out"));
+                self.add_problem(value.span().start, format!("{field} = false has no effect: leave it out"));
             }
         }
         if rule.public.is_some() {
@@ -291,7 +295,7 @@ impl RulesValidator<'_> {
                 }),
             (None, Some(scopes)) => {
                 let problem = format!(
-                    "scopes must be 1 to {MAX_REQUIRED_SCOPES}; for none say authenticate_only = true"
+                    "scopes must be 1 to {MAX_REQUIRED_SCOPES}; for none use authenticate_only = true"
                 );
                 self.add_problem(scopes.span().start, problem);
                 None
@@ -301,7 +305,7 @@ impl RulesValidator<'_> {
         scopes.map(RouteRequirement::Scopes)
     }
 
-    /// What both rules and defaults may say.
+    /// Parses the keys that rules and defaults have in common.
     fn parse_route(&mut self, route: &RawRoute, path: Option<&PathPattern>) -> RouteSpec {
         let environment = route.environment.as_ref().and_then(|name| self.resolve_environment(name));
         let cost = route.cost.as_ref().and_then(|cost| {
@@ -330,13 +334,13 @@ impl RulesValidator<'_> {
     fn resolve_environment(&mut self, name: &Spanned<String>) -> Option<EnvironmentName> {
         let found = self.environments.get(name.get_ref()).map(|environment| environment.name.clone());
         if found.is_none() {
-            let problem = format!("environment is none of {}", self.environments.names());
+            let problem = format!("environment must be one of {}", self.environments.names());
             self.add_problem(name.span().start, problem);
         }
         found
     }
 
-    /// A name that stands here, in a header, or in the path.
+    /// Parses the source of a name: a fixed name, a header, or a segment of the path.
     fn parse_name_source<T>(
         &mut self,
         field: &str,
@@ -377,7 +381,7 @@ impl RulesValidator<'_> {
         }
     }
 
-    /// Reads a value, or notes what is wrong with it.
+    /// The parsed value, or None after the problem was added.
     fn parse_or_add<T, U>(
         &mut self,
         field: &str,

@@ -1,10 +1,18 @@
-//! Which settings the file knows, read from the types that read it: the doc comment of a field is what people are told
-//! of the key, and what `schemars` attributes say beside it is its default and unit. The reference page, `keyward
-//! config show` and the search for a misspelt key all go by this one list.
+//! The list of all settings with their types, defaults, flags and descriptions, derived from the types in `raw.rs`.
 //!
-//! A field says: `#[schemars(extend("default" = VALUE))]`, or `"x-default"` with words where the default is no fixed
-//! value, or its comment ends in `Default: …` or has a sentence `Without it …`; `"format"` with what a text must be (`address`, `duration`, `file`, `URL` …); `"x-unit"` of a number;
-//! `"x-secret" = true` where it may hold a secret; `"x-flag"` with the id of its flag, where that is not its own name.
+//! The reference page, `keyward config show`, type errors and suggestions for misspelled keys all use this list. A field's doc
+//! comment is the description of its key. Its `#[schemars(extend(…))]` attributes are:
+//!
+//! | attribute | meaning |
+//! |---|---|
+//! | `"default"` | the default value |
+//! | `"x-default"` | the default in words, if it is no fixed value |
+//! | `"format"` | what a text must be: `address`, `duration`, `file`, `URL` … |
+//! | `"x-unit"` | the unit of a number |
+//! | `"x-secret"` | `true` if the value may hold a secret |
+//! | `"x-flag"` | the id of the flag, if it differs from the name of the key |
+//!
+//! Without a default attribute, the comment ends in `Default: …` or has a sentence `Without it …`.
 
 use std::sync::LazyLock;
 
@@ -14,50 +22,44 @@ use serde_json::Value;
 
 use crate::domain::credential_mask::mask_value;
 
-use super::server::{RawServerSettings, ServeArgs};
+use super::{raw::RawServerSettings, server::flags::ServeArgs};
 
 /// A key of the file.
 #[derive(Clone, Debug)]
-pub struct SettingKey {
-    /// Its name with those of its tables: `limits.backend`; `listener[].name` in each table of a list.
+pub(crate) struct SettingKey {
+    /// The name with the names of its tables, such as `limits.backend` or, in a list of tables, `listener[].name`.
     pub path: String,
-    /// What a value is, for people.
+    /// The type of the value for people, such as `duration`.
     pub type_label: String,
-    /// What holds without it.
+    /// The value or behavior if the key is not set.
     pub default: DefaultValue,
-    /// What it means.
+    /// The meaning, as one paragraph of Markdown.
     pub description: String,
-    /// Whether its value may hold a secret.
+    /// Whether the value may hold a secret.
     pub is_secret: bool,
-    /// The flag in its stead, with the dashes.
+    /// The flag that overrides the key, with its dashes.
     pub flag: Option<String>,
-    /// The environment variable in its stead.
+    /// The environment variable that overrides the key.
     pub env_var: Option<String>,
-    /// The id of that flag's argument.
+    /// The clap id of that flag.
     pub(super) arg_id: Option<String>,
-    /// What a value must be in TOML.
+    /// The type of the value in TOML.
     pub(super) value_type: ValueType,
 }
 
-/// What a value must be in TOML.
+/// The type of a value in TOML.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ValueType {
-    /// Text.
     Text,
-    /// A whole number within these bounds.
+    /// A whole number within bounds.
     Integer {
-        /// The smallest.
         min: i64,
-        /// The largest; None = as large as TOML's are.
+        /// None = the maximum of TOML.
         max: Option<i64>,
     },
-    /// A number.
     Number,
-    /// `true` or `false`.
     Boolean,
-    /// A list of texts.
     TextList,
-    /// A list of tables.
     TableList,
 }
 
@@ -82,14 +84,14 @@ impl ValueType {
         }
     }
 
-    /// What is wrong with the form of a value, and what would be right. `is_secret` = the value is not repeated.
+    /// The message for a value of another type; None = it has this type. `is_secret` = the message does not show the value.
     pub(super) fn type_error(self, value: &toml::Value, is_secret: bool) -> Option<String> {
         let fits = match (self, value) {
             (ValueType::Text, toml::Value::String(_))
             | (ValueType::Number, toml::Value::Float(_) | toml::Value::Integer(_))
             | (ValueType::Boolean, toml::Value::Boolean(_)) => true,
-            (ValueType::Integer { min: least, max: most }, toml::Value::Integer(number)) => {
-                *number >= least && most.is_none_or(|most| *number <= most)
+            (ValueType::Integer { min, max }, toml::Value::Integer(number)) => {
+                *number >= min && max.is_none_or(|max| *number <= max)
             }
             (ValueType::TextList, toml::Value::Array(list)) => list.iter().all(toml::Value::is_str),
             (ValueType::TableList, toml::Value::Array(list)) => list.iter().all(toml::Value::is_table),
@@ -97,11 +99,11 @@ impl ValueType {
         };
         let wanted = match self {
             ValueType::Text => "must be text, in quotes".to_owned(),
-            ValueType::Integer { min: least, max: Some(most) } => {
-                format!("must be a whole number from {least} to {most}")
+            ValueType::Integer { min, max: Some(max) } => {
+                format!("must be a whole number from {min} to {max}")
             }
-            ValueType::Integer { min: least, max: None } => {
-                format!("must be a whole number of {least} or more")
+            ValueType::Integer { min, max: None } => {
+                format!("must be a whole number of {min} or more")
             }
             ValueType::Number => "must be a number".to_owned(),
             ValueType::Boolean => "must be true or false, without quotes".to_owned(),
@@ -118,60 +120,57 @@ impl ValueType {
     }
 }
 
-/// What holds without a key.
+/// The value or behavior if a key is not set.
 #[derive(Clone, Debug, PartialEq)]
-pub enum DefaultValue {
-    /// This value.
+pub(crate) enum DefaultValue {
+    /// A fixed value.
     Value(Value),
-    /// No fixed value: what happens, in words.
+    /// A description, if there is no fixed value.
     Description(String),
-    /// It must be there.
+    /// The key must be set.
     Required,
 }
 
-/// A table of the file.
+/// A table of the file with its keys.
 #[derive(Clone, Debug)]
-pub struct SettingsTable {
-    /// Its name: empty = what stands before all tables, `listener[]` = each table of a list.
+pub(crate) struct SettingsTable {
+    /// The name: empty = the top level, `listener[]` = each table of a list.
     pub path: String,
-    /// What it is for.
+    /// The purpose, as one paragraph of Markdown.
     pub description: String,
-    /// Its keys.
+    /// The keys in the order of the type's fields.
     pub keys: Vec<SettingKey>,
 }
 
-/// Every table with its keys; the file's own comes first.
-pub fn all_tables() -> &'static [SettingsTable] {
-    static SECTIONS: LazyLock<Vec<SettingsTable>> = LazyLock::new(build_tables);
-    &SECTIONS
+/// Every table with its keys; the top level comes first.
+pub(crate) fn all_tables() -> &'static [SettingsTable] {
+    static TABLES: LazyLock<Vec<SettingsTable>> = LazyLock::new(build_tables);
+    &TABLES
 }
 
-/// Every key.
-pub fn all_keys() -> impl Iterator<Item = &'static SettingKey> {
+pub(crate) fn all_keys() -> impl Iterator<Item = &'static SettingKey> {
     all_tables().iter().flat_map(|section| &section.keys)
 }
 
-/// The table with this path.
 #[must_use]
 pub(super) fn find_table(path: &str) -> Option<&'static SettingsTable> {
     all_tables().iter().find(|section| section.path == path)
 }
 
-/// The key with this path; without the `[]` of lists it is found as well.
+/// The key with this path, with or without the `[]` of lists.
 #[must_use]
 pub(super) fn find_key_ignoring_lists(path: &str) -> Option<&'static SettingKey> {
     all_keys().find(|key| key.path == path || key.path.replace("[]", "") == path)
 }
 
-/// The key with this path.
 #[must_use]
-pub fn find_key(path: &str) -> Option<&'static SettingKey> {
+pub(crate) fn find_key(path: &str) -> Option<&'static SettingKey> {
     all_keys().find(|key| key.path == path)
 }
 
 /// The JSON Schema of the file, for editors.
 #[must_use]
-pub fn json_schema() -> Schema {
+pub(crate) fn json_schema() -> Schema {
     let settings =
         SchemaSettings::draft2020_12().for_deserialize().with(|settings| settings.inline_subschemas = true);
     settings.into_generator().into_root_schema_for::<RawServerSettings>()
@@ -184,7 +183,7 @@ fn build_tables() -> Vec<SettingsTable> {
     sections
 }
 
-/// Takes in a table, and the tables in it after it.
+/// Adds a table, then the tables inside it.
 fn collect_table(path: &str, schema: &Value, flags: &clap::Command, into: &mut Vec<SettingsTable>) {
     let at = into.len();
     into.push(SettingsTable {
@@ -213,16 +212,16 @@ fn collect_table(path: &str, schema: &Value, flags: &clap::Command, into: &mut V
     }
 }
 
-/// A table's schema with what its field says of it, which comes before what its type says.
+/// The schema of a table with the description of its field, which takes precedence over that of its type.
 fn with_field_description(field: &Value, table: &Value) -> Value {
     let mut schema = table.clone();
-    if let Some(said) = field.get("description") {
-        schema["description"] = said.clone();
+    if let Some(description) = field.get("description") {
+        schema["description"] = description.clone();
     }
     schema
 }
 
-/// A schema without its being optional.
+/// The schema of the value of an optional field.
 fn non_null_schema(schema: &Value) -> &Value {
     let ways = schema["anyOf"].as_array().into_iter().flatten();
     ways.into_iter().find(|way| way["type"] != "null").unwrap_or(schema)
@@ -230,24 +229,23 @@ fn non_null_schema(schema: &Value) -> &Value {
 
 fn build_key(path: &str, schema: &Value, required: bool, flags: &clap::Command) -> SettingKey {
     let shape = non_null_schema(schema);
-    let (meaning, words) = split_description(schema);
-    let absent = match (schema.get("default"), schema["x-default"].as_str()) {
+    let (description, default_words) = split_description(schema);
+    let default = match (schema.get("default"), schema["x-default"].as_str()) {
         (_, Some(words)) => DefaultValue::Description(words.to_owned()),
         (Some(value), None) => DefaultValue::Value(value.clone()),
         (None, None) if required => DefaultValue::Required,
-        (None, None) => DefaultValue::Description(words.unwrap_or_else(|| "none".to_owned())),
+        (None, None) => DefaultValue::Description(default_words.unwrap_or_else(|| "none".to_owned())),
     };
     let name = schema["x-flag"].as_str().map_or_else(|| path.replace('.', "_"), str::to_owned);
     let argument = flags.get_arguments().find(|argument| argument.get_id() == name.as_str());
     let flag = argument.and_then(|argument| argument.get_long());
     let variable = argument.and_then(|argument| argument.get_env());
-    let kind = describe_type(schema, shape);
     SettingKey {
         path: path.to_owned(),
         value_type: ValueType::from_schema(shape),
-        type_label: kind,
-        default: absent,
-        description: meaning,
+        type_label: describe_type(schema, shape),
+        default,
+        description,
         is_secret: schema["x-secret"] == true,
         flag: flag.map(|flag| format!("--{flag}")),
         env_var: variable.map(|variable| variable.to_string_lossy().into_owned()),
@@ -255,7 +253,7 @@ fn build_key(path: &str, schema: &Value, required: bool, flags: &clap::Command) 
     }
 }
 
-/// What a value is, for people.
+/// The type of a value for people.
 fn describe_type(field: &Value, shape: &Value) -> String {
     let words = |schema: &Value| {
         schema["enum"].as_array().cloned().or_else(|| {
@@ -291,7 +289,7 @@ fn describe_item_type(items: &Value) -> String {
     describe_type(items, items)
 }
 
-/// A key's doc comment as one paragraph, and what its end says of the default: `Default: …`.
+/// Splits a key's doc comment into its meaning and the default after `Default: `.
 fn split_description(schema: &Value) -> (String, Option<String>) {
     let whole = description_text(schema);
     match whole.split_once(" Default: ") {
@@ -317,15 +315,15 @@ mod tests {
                 || key.description.contains("Without it");
             for (good, problem) in [
                 (key.description.len() > 10, "its field has no doc comment"),
-                (said, "say its default"),
-                (key.type_label != "value", "what is it?"),
+                (said, "its default is missing"),
+                (key.type_label != "value", "its type is unknown"),
             ] {
                 wrong.extend((!good).then(|| format!("{}: {problem}", key.path)));
             }
         }
         assert!(wrong.is_empty(), "{wrong:#?}");
         for section in all_tables().iter().skip(1) {
-            assert!(section.description.len() > 10, "[{}]: say what it is for", section.path);
+            assert!(section.description.len() > 10, "[{}]: its description is missing", section.path);
         }
     }
 

@@ -1,5 +1,4 @@
-//! URLs that may hold a password: kept from logs and messages by their type, and shown without it. Where a secret may
-//! come from is said here too; reading a file that holds one is `server.rs`'s.
+//! A URL that may hold a password: its type keeps it out of logs and messages, which show it without the password.
 
 use std::{convert::Infallible, ops::Deref, str::FromStr};
 
@@ -8,7 +7,7 @@ use serde::Deserialize;
 
 use crate::domain::connection_url;
 
-/// A URL that may hold a password: [`SecretUrl::redacted`] is what people see of it.
+/// A URL that may hold a password. People see only [`SecretUrl::redacted`].
 #[derive(Clone, Deserialize, JsonSchema, PartialEq, Eq)]
 #[serde(transparent)]
 pub struct SecretUrl(String);
@@ -20,13 +19,13 @@ impl SecretUrl {
         connection_url::mask_url(&self.0)
     }
 
-    /// Whether it holds a password, or what may be a piece of one.
+    /// Whether the URL holds a password, or a part that may belong to one.
     #[must_use]
     pub fn has_password(&self) -> bool {
         connection_url::has_secret(&self.0)
     }
 
-    /// The same URL with this password, which it must not have yet.
+    /// Adds a password to a URL without one.
     pub(super) fn with_password(&self, password: &str) -> SecretUrl {
         let password = percent_encoding::utf8_percent_encode(password, percent_encoding::NON_ALPHANUMERIC);
         let joint = if self.0.contains('?') { '&' } else { '?' };
@@ -40,7 +39,7 @@ impl std::fmt::Debug for SecretUrl {
     }
 }
 
-/// For what connects; nothing that prints takes a `&str` from here.
+/// For connecting only; do not print the text.
 impl Deref for SecretUrl {
     type Target = str;
 

@@ -1,13 +1,6 @@
-//! The tables `[telemetry]` and `[decision_log]` of the settings file: where spans go and how many, and which
-//! decisions are written down where.
+//! Validates the tables `[telemetry]` and `[decision_log]`: the export of spans, sampling, and the decision log.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-};
-
-use schemars::JsonSchema;
-use serde::Deserialize;
+use std::{fmt, path::Path};
 
 use crate::{
     decision_log::{DecisionLogSettings, DecisionLogTarget},
@@ -16,21 +9,22 @@ use crate::{
 };
 
 use super::{
+    error::{InvalidSetting, invalid_redacted_setting, invalid_setting},
     problems::ProblemCollector,
-    server::{InvalidSetting, TelemetryArgs, invalid_redacted_setting, invalid_setting},
+    raw::{DEFAULT_DENIALS_PER_SECOND, RawDecisionLogSettings, RawTelemetrySettings},
+    server::flags::TelemetryArgs,
 };
 
 const DEFAULT_SERVICE_NAME: &str = "keyward";
-const DEFAULT_DENIALS_PER_SECOND: u32 = 100;
-/// The longest value of a header to the collector, in bytes.
+/// The maximum length of a header value in bytes.
 const MAX_HEADER_VALUE_LEN: usize = 4096;
 
-/// A value that is never shown.
+/// A text that is never logged or shown.
 #[derive(Clone)]
 pub struct SecretString(String);
 
 impl SecretString {
-    /// The value.
+    /// The text, for the request to the collector only.
     #[must_use]
     pub fn reveal(&self) -> &str {
         &self.0
@@ -43,86 +37,38 @@ impl fmt::Debug for SecretString {
     }
 }
 
-/// A collector of spans.
+/// The collector that receives spans over OTLP.
 #[derive(Clone, Debug)]
 pub struct OtlpSettings {
-    /// Where it is: `http://host:port` or `https://host:port`.
+    /// The address: `http://host:port` or `https://host:port`.
     pub endpoint: String,
-    /// Headers that go with every request, by lower-case names.
+    /// Headers of every request, with lower-case names.
     pub headers: Vec<(String, SecretString)>,
-    /// The authority that its certificate is of, as PEM; nothing = those that browsers know.
+    /// The authorities of the collector's certificate as PEM; None = the public ones.
     pub ca_pem: Option<Vec<u8>>,
-    /// What this program is called there.
+    /// The name of this program in traces.
     pub service_name: String,
 }
 
-/// What is told of calls and decisions.
+/// The validated settings of traces and the decision log.
 #[derive(Clone, Debug, Default)]
 pub struct TelemetrySettings {
-    /// Where spans go; nothing = none are made.
+    /// The collector; None = no span is created.
     pub otlp: Option<OtlpSettings>,
-    /// Which calls are recorded.
+    /// Which calls are traced without a decision of their caller.
     pub sampling: SamplingPolicy,
-    /// Which decisions are written down; nothing = none.
+    /// Which decisions are logged; None = none.
     pub decision_log: Option<DecisionLogSettings>,
 }
 
-/// The table `[telemetry]`: traces.
-// Unknown keys are refused: a typo must not be a default.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RawTelemetrySettings {
-    /// Where spans are sent, over OTLP/gRPC: `http://host:4317` or `https://host:4317`. Without it, and without
-    /// `OTEL_EXPORTER_OTLP_ENDPOINT` in the environment, no span is made.
-    #[schemars(extend("x-flag" = "otlp_endpoint"))]
-    otlp_endpoint: Option<String>,
-    /// A file with headers for the collector, such as its access token: one `name: value` a line. Without it, none.
-    otlp_headers_file: Option<PathBuf>,
-    /// A PEM file with the authority that the collector's certificate is of. Without it, the public ones.
-    otlp_ca_file: Option<PathBuf>,
-    /// The share of calls that are recorded though their caller does not say so: 0 to 1. A caller that sends a
-    /// `traceparent` decides for its calls.
-    #[schemars(extend("default" = 0.0))]
-    sample_ratio: Option<f64>,
-    /// What this program is called in traces. Default: `OTEL_SERVICE_NAME`, else "keyward".
-    service_name: Option<String>,
-}
-
-/// The table `[decision_log]`: decisions, one line each. An empty table turns it on with the defaults.
-// Unknown keys are refused: a typo must not be a default.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RawDecisionLogSettings {
-    /// The share of denials that are written down: 0 to 1.
-    #[schemars(extend("default" = 1.0))]
-    denials: Option<f64>,
-    /// The most denials that are written down in one second: 1 to 100000.
-    #[schemars(extend("default" = DEFAULT_DENIALS_PER_SECOND))]
-    denials_per_second: Option<u32>,
-    /// The share of allowed requests that are written down: 0 to 1.
-    #[schemars(extend("default" = 0.0))]
-    allowed: Option<f64>,
-    /// Whether changes that take something away are written down, all of them.
-    #[schemars(extend("default" = true))]
-    narrowing_changes: Option<bool>,
-    /// The file that lines are added to, as JSON (mode 0600; begun anew when it is moved away). Without it they go to
-    /// the log, as target `keyward::decision`.
-    file: Option<PathBuf>,
-}
-
 impl RawTelemetrySettings {
-    /// Where the endpoint is kept: a flag or its variable goes before the file.
-    pub(super) fn endpoint_mut(&mut self) -> &mut Option<String> {
-        &mut self.otlp_endpoint
-    }
-
-    /// Leaves out the files that a server alone needs.
+    /// Removes the files that only a server needs.
     pub(super) fn ignore_server_files(&mut self) {
         self.otlp_headers_file = None;
         self.otlp_ca_file = None;
     }
 
-    /// Judges the settings; the variables of all programs count where the own are absent.
+    /// Validates the settings. The standard variables of OpenTelemetry apply if Keyward's own are not set.
     pub(super) fn validate(
         self,
         decisions: Option<RawDecisionLogSettings>,
@@ -166,7 +112,7 @@ impl RawDecisionLogSettings {
     fn validate(self, problems: &mut ProblemCollector<'_>) -> DecisionLogSettings {
         let per_second = self.denials_per_second.unwrap_or(DEFAULT_DENIALS_PER_SECOND);
         if !(1..=100_000).contains(&per_second) {
-            let problem = "must be 1 to 100000; to write down no denial set denials = 0";
+            let problem = "must be 1 to 100000; to log no denial set denials = 0";
             problems.add(invalid_setting(
                 "decision_log.denials_per_second",
                 &per_second.to_string(),
@@ -194,7 +140,7 @@ fn validate_ratio(setting: &'static str, value: f64) -> Result<f64, InvalidSetti
     }
 }
 
-/// An address with nothing in it but scheme, host and port. What else it may hold, such as a password, is not shown.
+/// Accepts only a scheme, a host and a port. The message does not show the address, which may hold a password.
 fn check_collector_address(endpoint: &str) -> Result<(), &'static str> {
     let uri: Option<http::Uri> = endpoint.parse().ok();
     let good = uri.is_some_and(|uri| {
@@ -205,18 +151,18 @@ fn check_collector_address(endpoint: &str) -> Result<(), &'static str> {
             && matches!(uri.path(), "" | "/")
             && uri.query().is_none()
     });
-    // A parser of URIs drops a fragment without a word.
+    // The URI parser silently drops a fragment.
     if good && !endpoint.contains('#') {
         Ok(())
     } else {
         Err(
-            "must be http://host:port or https://host:port of a collector that takes OTLP over gRPC, without a user, a \
+            "must be http://host:port or https://host:port of a collector for OTLP over gRPC, without a user, a \
              password or a path",
         )
     }
 }
 
-/// The certificates of a file, as PEM.
+/// Reads the certificates of a PEM file.
 fn read_ca_file(path: &Path) -> Result<Vec<u8>, InvalidSetting> {
     let shown = path.display().to_string();
     let wrong = |problem: String| invalid_setting("telemetry.otlp_ca_file", &shown, problem);
@@ -225,7 +171,7 @@ fn read_ca_file(path: &Path) -> Result<Vec<u8>, InvalidSetting> {
     Ok(pem)
 }
 
-/// Reads headers, one a line. Empty lines, and those that begin with `#`, are nothing.
+/// Reads headers, one per line. Empty lines and lines that begin with `#` are ignored.
 fn read_headers_file(path: &Path) -> Result<Vec<(String, SecretString)>, InvalidSetting> {
     let shown = path.display().to_string();
     let wrong = |problem: String| invalid_setting("telemetry.otlp_headers_file", &shown, problem);

@@ -1,17 +1,17 @@
-//! What a parser of TOML says about a value, in words for people who know no Rust.
+//! Rewords the error messages of serde and TOML without terms of Rust.
 
 use std::borrow::Cow;
 
 use crate::domain::credential_mask::{mask_value, mask_words};
 
-/// Rewords a message of `serde`. What looks like a credential in it is masked.
+/// Rewords a message of serde, and masks anything that looks like a credential.
 #[must_use]
-pub fn rephrase_serde_error(message: &str) -> String {
+pub(crate) fn rephrase_serde_error(message: &str) -> String {
     let message = masked(message);
     reword(&message)
 }
 
-/// Masks the text in quotes, which may hold quotes and blanks itself, and then every word.
+/// Masks the quoted text, which may contain quotes and blanks, then every word.
 fn masked(message: &str) -> String {
     let quoted = message.find('"').zip(message.rfind('"')).filter(|(first, last)| first < last);
     let message = match quoted {
@@ -43,7 +43,7 @@ fn reword(message: &str) -> String {
     message.to_owned()
 }
 
-/// A kind of value, which may be followed by the value itself.
+/// Rewords the name of a type, which the value may follow.
 fn rephrase_type_name(text: &str) -> String {
     const KINDS: [(&str, &str); 10] = [
         ("a string", "text"),

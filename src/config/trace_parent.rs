@@ -1,8 +1,8 @@
-//! The trace that a command was started in, as processes hand it on (OpenTelemetry, "Environment Variables as Context
-//! Propagation Carriers"): `TRACEPARENT` and `TRACESTATE`, with the values of W3C Trace Context's headers.
+//! Reads the trace that a client command was started in from `TRACEPARENT` and `TRACESTATE`, whose values are those of the
+//! W3C Trace Context headers (OpenTelemetry, "Environment Variables as Context Propagation Carriers").
 //!
-//! A client command makes no span of its own: what it calls is a child of whoever started it. As in a call's headers,
-//! what is not well-formed is as good as missing.
+//! A client command creates no span: its calls are children of the span that started it. Malformed values are ignored, as in
+//! the headers of a call.
 
 use std::ffi::OsString;
 
@@ -10,13 +10,13 @@ use crate::trace::RemoteTraceContext;
 
 /// The span that a command was started in.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InheritedTraceContext {
+pub(crate) struct InheritedTraceContext {
     traceparent: String,
     tracestate: Option<String>,
 }
 
 impl InheritedTraceContext {
-    /// The one that the environment tells of.
+    /// Reads the trace from the environment. None = it is absent or malformed.
     pub(super) fn from_env(
         variable: impl Fn(&'static str) -> Option<OsString>,
     ) -> Option<InheritedTraceContext> {
@@ -27,8 +27,8 @@ impl InheritedTraceContext {
         Some(InheritedTraceContext { traceparent: parent, tracestate: state })
     }
 
-    /// The headers that a call made in it has, in visible ASCII.
-    pub fn headers(&self) -> impl Iterator<Item = (&'static str, &str)> {
+    /// The headers for calls within this trace, in visible ASCII.
+    pub(crate) fn headers(&self) -> impl Iterator<Item = (&'static str, &str)> {
         let state = self.tracestate.as_deref().map(|state| ("tracestate", state));
         std::iter::once(("traceparent", &*self.traceparent)).chain(state)
     }

@@ -1,5 +1,6 @@
-//! Certificates: how long those still last that the settings name and that servers show. Whether clients believe them
-//! is not looked at; the connection that shows one carries nothing else than a question for health.
+//! Checks the validity periods of the certificates that the settings name and that servers present.
+//!
+//! Whether clients trust them is not checked. The connection that presents one carries only a health check.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -19,20 +20,20 @@ use crate::{
     domain::time::Timestamp,
 };
 
-use super::{CHECK_TIMEOUT, DoctorReport};
+use super::report::{CHECK_TIMEOUT, DoctorReport};
 
 const TOPIC: &str = "tls";
 const DAY: Duration = Duration::from_secs(86_400);
-/// How long before its end a certificate should have been replaced.
+/// The remaining validity below which a certificate should be renewed.
 const EXPIRY_WARNING_PERIOD: Duration = Duration::from_secs(21 * 86_400);
 
-/// Looks at every certificate file that the settings name.
+/// Checks every certificate file that the settings name.
 pub(super) fn check_certificate_files(
-    document: Option<&ConfigFile>,
+    config_file: Option<&ConfigFile>,
     clock: &dyn Clock,
     findings: &mut DoctorReport,
 ) {
-    let named = document.map(certificate_files).unwrap_or_default();
+    let named = config_file.map(certificate_files).unwrap_or_default();
     if named.is_empty() {
         findings.skip(TOPIC, "certificate files: the configuration names none");
     }
@@ -45,7 +46,7 @@ pub(super) fn check_certificate_files(
             Ok(_) => findings.fail(
                 TOPIC,
                 format!("{shown} holds no certificate"),
-                "it must hold PEM blocks, the server's own first",
+                "it must hold PEM blocks, the server's own certificate first",
             ),
             Err(error) => findings.fail(
                 TOPIC,
@@ -56,20 +57,20 @@ pub(super) fn check_certificate_files(
     }
 }
 
-/// The files that the document names for certificates: the key, and the path.
-fn certificate_files(document: &ConfigFile) -> Vec<(String, String)> {
+/// The certificate files that the settings name: the key and the path of each.
+fn certificate_files(config_file: &ConfigFile) -> Vec<(String, String)> {
     let holds = |path: &str| {
         let name = path.rsplit('.').next().unwrap_or_default();
         matches!(name, "certificate" | "client_ca" | "ca" | "ca_file" | "certificate_file")
     };
     let keys = schema::all_keys().filter(|key| holds(&key.path));
-    keys.flat_map(|key| document.strings(&key.path).into_iter().map(|path| (key.path.clone(), path)))
+    keys.flat_map(|key| config_file.strings(&key.path).into_iter().map(|path| (key.path.clone(), path)))
         .collect()
 }
 
-/// Looks at the certificates that somebody shows, the own one first.
+/// Checks a chain, the owner's certificate first; `owner` is its file or server.
 pub(super) fn check_certificate_chain(
-    whose: &str,
+    owner: &str,
     chain: &[CertificateDer<'_>],
     clock: &dyn Clock,
     findings: &mut DoctorReport,
@@ -77,15 +78,13 @@ pub(super) fn check_certificate_chain(
     let ends: Option<Vec<_>> = chain.iter().map(|certificate| validity_period(certificate)).collect();
     match ends.and_then(|ends| ends.into_iter().reduce(|one, other| (one.0.max(other.0), one.1.min(other.1))))
     {
-        Some((from, until)) => check_validity_period(whose, from, until, clock.now(), findings),
-        None => {
-            findings.fail(TOPIC, format!("{whose}: its certificate cannot be understood"), "make it anew")
-        }
+        Some((from, until)) => check_validity_period(owner, from, until, clock.now(), findings),
+        None => findings.fail(TOPIC, format!("{owner}: its certificate cannot be parsed"), "replace it"),
     }
 }
 
 fn check_validity_period(
-    whose: &str,
+    owner: &str,
     from: Timestamp,
     until: Timestamp,
     now: Timestamp,
@@ -96,23 +95,27 @@ fn check_validity_period(
         let days = now.saturating_duration_since(until).as_secs() / DAY.as_secs();
         findings.fail(
             TOPIC,
-            format!("{whose} has expired, {days} days ago"),
-            "replace it; a server reads its files again by itself",
+            format!("{owner} has expired, {days} days ago"),
+            "replace it; servers reload their files",
         );
     } else if from > now {
-        findings.fail(TOPIC, format!("{whose} is not valid yet"), "look at the clocks, or at who made it");
+        findings.fail(
+            TOPIC,
+            format!("{owner} is not valid yet"),
+            "check the clocks, and the certificate's issuer",
+        );
     } else if until.saturating_duration_since(now) < EXPIRY_WARNING_PERIOD {
         findings.warn(
             TOPIC,
-            format!("{whose} expires in {days} days"),
-            "renew it; a server reads its files again by itself",
+            format!("{owner} expires in {days} days"),
+            "renew it; servers reload their files",
         );
     } else {
-        findings.pass(TOPIC, format!("{whose} is valid for {days} more days"));
+        findings.pass(TOPIC, format!("{owner} is valid for {days} more days"));
     }
 }
 
-/// From when until when a certificate is valid.
+/// The beginning and the end of a certificate's validity.
 fn validity_period(der: &CertificateDer<'_>) -> Option<(Timestamp, Timestamp)> {
     let certificate = Certificate::from_der(der).ok()?;
     let validity = certificate.tbs_certificate().validity();
@@ -120,7 +123,7 @@ fn validity_period(der: &CertificateDer<'_>) -> Option<(Timestamp, Timestamp)> {
     Some((at(validity.not_before.to_unix_duration()), at(validity.not_after.to_unix_duration())))
 }
 
-/// Shakes hands with a TLS server, and gives the connection with the certificates that it showed.
+/// Performs a TLS handshake; returns the connection and the certificates that the server presented.
 pub(super) async fn tls_handshake(
     connecting: impl Future<Output = Result<TcpStream, String>>,
     host: &str,
@@ -145,7 +148,7 @@ pub(super) async fn tls_handshake(
     Ok((stream, chain))
 }
 
-/// Takes any certificate: it is to be looked at, not to be believed. Signatures are checked all the same.
+/// Accepts any certificate, because it is inspected and not trusted. Signatures are still verified.
 #[derive(Debug)]
 struct AcceptAnyCertificate(Arc<CryptoProvider>);
 
@@ -187,7 +190,7 @@ impl ServerCertVerifier for AcceptAnyCertificate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Severity;
+    use crate::doctor::report::Severity;
 
     #[test]
     fn a_certificate_is_judged_by_the_days_it_has_left() {

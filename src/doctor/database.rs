@@ -1,4 +1,4 @@
-//! The database, the clocks of its replicas' hosts against its own, and the replicas that serve it.
+//! Checks the database, the replicas that serve it, and the clocks of both.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -16,25 +16,25 @@ use crate::{
     },
 };
 
-use super::{CHECK_TIMEOUT, DoctorReport, format_rounded};
+use super::report::{CHECK_TIMEOUT, DoctorReport, format_rounded};
 
-/// Expiry goes by wall clocks: what people would notice.
+/// Keys expire by wall clocks; people notice a difference of this size.
 const CLOCK_WARN_THRESHOLD: Duration = Duration::from_secs(1);
-/// Keys live and die visibly at the wrong time.
+/// Keys visibly start and expire at the wrong time.
 const CLOCK_FAIL_THRESHOLD: Duration = Duration::from_secs(60);
-/// What should be free on the disk of a file, beside as much as the file has.
+/// The free disk space that a small SQLite file needs; a larger one needs its own size.
 const MIN_FREE_BYTES: u64 = 1 << 30;
-/// How long a replica is given to acknowledge what was committed before it was asked about.
+/// How long replicas may take to acknowledge what was committed before the check.
 const CATCH_UP_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Looks at the settings' database. Gives its newest revision.
+/// Checks the database of the settings and returns its newest revision.
 pub(super) async fn check_database(
     settings: &ServerSettings,
     clock: &dyn Clock,
     findings: &mut DoctorReport,
 ) -> Option<Revision> {
-    let seen = match inspect::inspect(&settings.database).await {
-        Ok(seen) => seen,
+    let inspection = match inspect::inspect(&settings.database).await {
+        Ok(inspection) => inspection,
         Err(error) => {
             let advice = match error {
                 OpenError::WalMissing { .. }
@@ -48,38 +48,46 @@ pub(super) async fn check_database(
             return None;
         }
     };
-    findings.pass("store", format!("{} is reachable", seen.display_name));
-    check_schema(&seen, findings);
-    match &seen.kind {
+    findings.pass("store", format!("{} is reachable", inspection.display_name));
+    check_schema(&inspection, findings);
+    match &inspection.kind {
         DatabaseKind::Sqlite(facts) => check_sqlite_file(facts, findings),
         DatabaseKind::Postgres(facts) => check_postgres_server(facts, findings),
     }
-    let head = check_log(&seen, findings);
-    let store = seen.store?;
+    let head = check_log(&inspection, findings);
+    let store = inspection.store?;
     match store.clone().replica_registry() {
-        Some(fleet) => check_fleet(&fleet, clock, findings).await,
+        Some(registry) => check_replicas(&registry, clock, findings).await,
         None => findings.pass("replicas", "an SQLite file has one owner: no lease, no other replicas"),
     }
     store.close().await;
     head
 }
 
-fn check_schema(seen: &DatabaseInspection, findings: &mut DoctorReport) {
+fn check_schema(inspection: &DatabaseInspection, findings: &mut DoctorReport) {
     const TOPIC: &str = "schema";
-    let known = seen.newest_schema_version;
-    match seen.schema_version {
-        Some(found) if found == known => findings.pass(TOPIC, format!("version {found}, the newest that this keyward knows")),
+    let known = inspection.newest_schema_version;
+    match inspection.schema_version {
+        Some(found) if found == known => {
+            findings.pass(TOPIC, format!("version {found}, the newest that this keyward knows"))
+        }
         Some(found) if found < known => findings.warn(
             TOPIC,
-            format!("version {found}; this keyward knows {known}: servers of an older version run on it, or none has started"),
-            "start a server of this version, which migrates it; the log was not looked at",
+            format!(
+                "version {found}; this keyward knows {known}: only servers of older versions have run on it"
+            ),
+            "start a server of this version, which migrates it; the log was not checked",
         ),
         Some(found) => findings.fail(
             TOPIC,
-            format!("version {found}, and this keyward knows versions up to {known}"),
+            format!("version {found}, but this keyward knows only versions up to {known}"),
             "use the keyward that migrated it",
         ),
-        None => findings.fail(TOPIC, "no keyward has ever used this database", "is it the right one? keyward serve makes the tables"),
+        None => findings.fail(
+            TOPIC,
+            "no keyward has ever used this database",
+            "is it the right one? keyward serve creates the tables",
+        ),
     }
 }
 
@@ -88,16 +96,18 @@ fn check_sqlite_file(facts: &SqliteFileInfo, findings: &mut DoctorReport) {
     let fix = "chmod 600 for the file, its -wal and its -shm: it holds digests and names";
     match facts.mode & 0o077 {
         0 => findings.pass(TOPIC, "only its owner can read it"),
-        _ => {
-            findings.fail(TOPIC, format!("others than its owner may open it (mode {:03o})", facts.mode), fix)
-        }
+        _ => findings.fail(
+            TOPIC,
+            format!("other users than its owner may open it (mode {:03o})", facts.mode),
+            fix,
+        ),
     }
     let (free, wanted) = (facts.free_bytes >> 20, MIN_FREE_BYTES.max(facts.size_bytes) >> 20);
     if free < wanted {
-        let said = format!(
-            "{free} MiB are free on its disk, and {wanted} should be: a full disk refuses every change"
+        let message = format!(
+            "{free} MiB are free on its disk, but {wanted} should be: on a full disk every change fails"
         );
-        findings.warn(TOPIC, said, "make room");
+        findings.warn(TOPIC, message, "free disk space");
     } else {
         findings.pass(TOPIC, format!("{free} MiB are free on its disk"));
     }
@@ -106,9 +116,9 @@ fn check_sqlite_file(facts: &SqliteFileInfo, findings: &mut DoctorReport) {
         Some(Err(what)) => findings.fail(
             TOPIC,
             format!("it is damaged: {what}"),
-            "restore the newest backup; keep this one for a look",
+            "restore the newest backup; keep this file for inspection",
         ),
-        None => findings.skip(TOPIC, "its structure: it is large, and a server checks it when it starts"),
+        None => findings.skip(TOPIC, "its structure: the file is large; a server checks it at startup"),
     }
     if !facts.is_owned {
         findings.warn(TOPIC, "no server has it open", "start one, or name another file with --database");
@@ -124,12 +134,17 @@ fn check_postgres_server(facts: &PostgresServerInfo, findings: &mut DoctorReport
         }
     }
     if facts.full_page_writes != "on" {
-        let said = format!("full_page_writes is {}: a power cut may tear pages", facts.full_page_writes);
-        findings.warn(TOPIC, said, "set full_page_writes = on, unless its file system writes whole pages");
+        let message =
+            format!("full_page_writes is {}: a power failure may corrupt pages", facts.full_page_writes);
+        findings.warn(
+            TOPIC,
+            message,
+            "set full_page_writes = on, unless the file system writes whole pages atomically",
+        );
     }
     if facts.synchronous_standbys.is_empty() {
-        let said = "it has no synchronous standbys: should its disk be lost, so are the newest changes, revocations included";
-        findings.warn(TOPIC, said, "set synchronous_standby_names, or accept it");
+        let message = "it has no synchronous standbys: if its disk is lost, the newest changes are lost, revocations included";
+        findings.warn(TOPIC, message, "set synchronous_standby_names, or accept it");
     } else {
         findings
             .pass(TOPIC, format!("commits wait for synchronous standbys ({})", facts.synchronous_standbys));
@@ -145,9 +160,9 @@ fn check_postgres_server(facts: &PostgresServerInfo, findings: &mut DoctorReport
     }
 }
 
-fn check_log(seen: &DatabaseInspection, findings: &mut DoctorReport) -> Option<Revision> {
+fn check_log(inspection: &DatabaseInspection, findings: &mut DoctorReport) -> Option<Revision> {
     const TOPIC: &str = "log";
-    match seen.log_check.as_ref() {
+    match inspection.log_check.as_ref() {
         None => {
             findings.skip(TOPIC, "its hash chain");
             None
@@ -164,65 +179,70 @@ fn check_log(seen: &DatabaseInspection, findings: &mut DoctorReport) -> Option<R
             findings.fail(
                 TOPIC,
                 error.to_string(),
-                "restore the newest backup; keep this database for a look",
+                "restore the newest backup; keep this database for inspection",
             );
             None
         }
     }
 }
 
-async fn check_fleet(fleet: &Arc<dyn ReplicaRegistry>, clock: &dyn Clock, findings: &mut DoctorReport) {
+async fn check_replicas(registry: &Arc<dyn ReplicaRegistry>, clock: &dyn Clock, findings: &mut DoctorReport) {
     let before = clock.now();
-    let first = tokio::time::timeout(CHECK_TIMEOUT, fleet.list_replicas(&[])).await;
+    let first = tokio::time::timeout(CHECK_TIMEOUT, registry.list_replicas(&[])).await;
     let after = clock.now();
-    let terms = tokio::time::timeout(CHECK_TIMEOUT, fleet.lease_config()).await;
-    let (Ok(Ok(roster)), Ok(Ok(terms))) = (first, terms) else {
-        findings.fail("replicas", "the database did not say who serves it", "look at its log");
+    let config = tokio::time::timeout(CHECK_TIMEOUT, registry.lease_config()).await;
+    let (Ok(Ok(snapshot)), Ok(Ok(config))) = (first, config) else {
+        findings.fail("replicas", "the database did not list its replicas", "check its log");
         return;
     };
-    check_clocks(before, after, roster.listing.database_time, findings);
-    let roster = wait_until_caught_up(fleet, roster).await;
-    check_leases(terms.lease, terms.longest_lease, &roster, findings);
-    check_replica_rows(terms.longest_lease, &roster, findings);
+    check_clocks(before, after, snapshot.listing.database_time, findings);
+    let snapshot = wait_until_caught_up(registry, snapshot).await;
+    check_leases(config.lease, config.longest_lease, &snapshot, findings);
+    check_replica_rows(config.longest_lease, &snapshot, findings);
 }
 
-/// The same a little later, if a replica has not acknowledged yet what was committed when it was first looked at.
-async fn wait_until_caught_up(fleet: &Arc<dyn ReplicaRegistry>, first: ReplicaSnapshot) -> ReplicaSnapshot {
+/// Waits for a limited time until every replica has acknowledged the head of the first snapshot; returns the newest snapshot.
+async fn wait_until_caught_up(
+    registry: &Arc<dyn ReplicaRegistry>,
+    first: ReplicaSnapshot,
+) -> ReplicaSnapshot {
     let head = first.head;
-    let behind = |roster: &ReplicaSnapshot| {
-        roster.listing.rows.iter().any(|row| row.applied.is_some_and(|applied| applied < head))
+    let behind = |snapshot: &ReplicaSnapshot| {
+        snapshot.listing.rows.iter().any(|row| row.applied.is_some_and(|applied| applied < head))
     };
     let mut newest = first;
     let waiting = async {
         while behind(&newest) {
             tokio::time::sleep(Duration::from_millis(200)).await;
-            match fleet.list_replicas(&[]).await {
-                Ok(roster) => newest = ReplicaSnapshot { head, ..roster },
+            match registry.list_replicas(&[]).await {
+                Ok(snapshot) => newest = ReplicaSnapshot { head, ..snapshot },
                 Err(_) => return,
             }
         }
     };
-    // What is still behind then is told as it is.
+    // Replicas that are still behind are reported as they are.
     let _ = tokio::time::timeout(CATCH_UP_TIMEOUT, waiting).await;
     newest
 }
 
-/// The database's clock, which was read between two readings of ours.
+/// Checks the database's clock, which was read between two readings of this machine's clock.
 fn check_clocks(before: Timestamp, after: Timestamp, database: Timestamp, findings: &mut DoctorReport) {
     const TOPIC: &str = "clocks";
     let apart = before.saturating_duration_since(database).max(database.saturating_duration_since(after));
-    let said =
-        format!("the database's clock and this machine's are at least {} apart", format_rounded(apart));
-    let fix = "synchronise clocks (NTP) on every host: keys expire by each replica's own";
+    let message = format!(
+        "the clocks of the database and of this machine differ by at least {}",
+        format_rounded(apart)
+    );
+    let fix = "synchronize clocks (NTP) on every host: keys expire by each replica's clock";
     if apart >= CLOCK_FAIL_THRESHOLD {
-        findings.fail(TOPIC, said, fix);
+        findings.fail(TOPIC, message, fix);
     } else if apart >= CLOCK_WARN_THRESHOLD {
-        findings.warn(TOPIC, said, fix);
+        findings.warn(TOPIC, message, fix);
     } else {
         findings.pass(
             TOPIC,
             format!(
-                "the database's clock and this machine's agree to within {}",
+                "the clocks of the database and of this machine agree to within {}",
                 format_rounded(CLOCK_WARN_THRESHOLD)
             ),
         );
@@ -232,47 +252,44 @@ fn check_clocks(before: Timestamp, after: Timestamp, database: Timestamp, findin
 fn check_leases(
     lease: LeaseDuration,
     longest: LeaseDuration,
-    roster: &ReplicaSnapshot,
+    snapshot: &ReplicaSnapshot,
     findings: &mut DoctorReport,
 ) {
     const TOPIC: &str = "lease";
-    let said = format!("{}, nobody holds one longer than {}", format_lease(lease), format_lease(longest));
+    let message =
+        format!("{}; no replica holds one longer than {}", format_lease(lease), format_lease(longest));
     if lease.length().is_none() {
         let fix =
-            "keyward replicas lease 60s, unless answering through any outage matters more than revocation";
-        findings.warn(
-            TOPIC,
-            format!("{said}: a replica that is cut off allows what was revoked, for ever"),
-            fix,
-        );
+            "keyward replicas lease 60s, unless availability in any outage matters more than revocation";
+        findings.warn(TOPIC, format!("{message}: a disconnected replica accepts revoked keys forever"), fix);
     } else {
-        findings.pass(TOPIC, said);
+        findings.pass(TOPIC, message);
     }
-    if !roster.listing.is_complete() {
-        let said = "the database may have lost rows (a failover, a restored backup): narrowing changes wait for every lease to run out";
-        findings.warn(TOPIC, said, "wait that long; with a static lease set a finite one");
+    if !snapshot.listing.is_complete() {
+        let message = "the database may have lost rows (a failover, a restored backup): restricting changes wait until every lease has expired";
+        findings.warn(TOPIC, message, "wait that long; replace a static lease by a finite one");
     }
 }
 
-fn check_replica_rows(longest: LeaseDuration, roster: &ReplicaSnapshot, findings: &mut DoctorReport) {
+fn check_replica_rows(longest: LeaseDuration, snapshot: &ReplicaSnapshot, findings: &mut DoctorReport) {
     const TOPIC: &str = "replicas";
-    let rows = &roster.listing.rows;
+    let rows = &snapshot.listing.rows;
     if rows.is_empty() {
         findings.fail(TOPIC, "none serves the database", "start keyward serve");
         return;
     }
-    let name = |row: &ReplicaRow| roster.names.get(&row.id).cloned().unwrap_or_default();
+    let name = |row: &ReplicaRow| snapshot.names.get(&row.id).cloned().unwrap_or_default();
     let mut names = BTreeMap::<String, usize>::new();
     for row in rows {
         *names.entry(name(row)).or_default() += 1;
-        check_replica_row(&name(row), row, longest, roster, findings);
+        check_replica_row(&name(row), row, longest, snapshot, findings);
     }
     for (name, count) in names.into_iter().filter(|(_, count)| *count > 1) {
-        let said = format!("{count} replicas are called {name}: reports cannot tell them apart");
+        let message = format!("{count} replicas are called {name}: reports cannot distinguish them");
         findings.warn(
             TOPIC,
-            said,
-            "give each its own --replica-name; if one was killed, its row goes when its lease is over",
+            message,
+            "give each its own --replica-name; the row of a killed one disappears after its lease",
         );
     }
 }
@@ -281,32 +298,32 @@ fn check_replica_row(
     name: &str,
     row: &ReplicaRow,
     longest: LeaseDuration,
-    roster: &ReplicaSnapshot,
+    snapshot: &ReplicaSnapshot,
     findings: &mut DoctorReport,
 ) {
     const TOPIC: &str = "replicas";
-    let silent = roster.listing.database_time.saturating_duration_since(row.last_seen);
+    let silent = snapshot.listing.database_time.saturating_duration_since(row.last_seen);
     let seen = format!("{name} renewed {} ago", format_rounded(silent));
     let late = longest.length().map_or(Duration::from_secs(60), |length| length / 2);
     let dead = longest.length().is_some_and(|length| silent > length);
-    let fix = format!("look at the process; if it is gone: keyward replicas attest-dead {name} --seen-gone");
+    let fix = format!("check the process; if it is gone: keyward replicas attest-dead {name} --seen-gone");
     match row.applied {
         _ if dead => {
-            let said = format!(
-                "{seen}, longer than any lease: it answers no Check if it runs, and narrowing changes may wait for it"
+            let message = format!(
+                "{seen}, longer than any lease: it answers no Check, and restricting changes may wait for it"
             );
-            findings.fail(TOPIC, said, fix);
+            findings.fail(TOPIC, message, fix);
         }
         _ if silent > late => {
-            findings.warn(TOPIC, format!("{seen}: its way to the database is slow or broken"), fix)
+            findings.warn(TOPIC, format!("{seen}: its connection to the database is slow or broken"), fix)
         }
         None => {
             findings.warn(TOPIC, format!("{name} is starting: it holds no lease yet"), "wait for its /readyz")
         }
-        Some(applied) if applied < roster.head => {
-            let said =
-                format!("{seen}, and has not acknowledged revision {} yet, only {applied}", roster.head);
-            findings.warn(TOPIC, said, "look at its log: it does not follow");
+        Some(applied) if applied < snapshot.head => {
+            let message =
+                format!("{seen}, and has not acknowledged revision {} yet, only {applied}", snapshot.head);
+            findings.warn(TOPIC, message, "check its log: it does not follow the database");
         }
         Some(applied) => findings.pass(TOPIC, format!("{seen}, revision {applied}")),
     }
@@ -315,7 +332,7 @@ fn check_replica_row(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Severity;
+    use crate::doctor::report::Severity;
 
     fn seconds(count: u64) -> Duration {
         Duration::from_secs(count)

@@ -1,7 +1,7 @@
-//! Envoy's bootstrap: whether what it says of Keyward keeps the doors that Keyward is to keep. Pure; nothing is asked.
+//! Checks whether an Envoy bootstrap asks Keyward in a way that lets no request pass unchecked. Pure: it contacts no server.
 //!
-//! The bootstrap is looked at as it is written (static resources; what comes by xDS is not in it). Every finding is
-//! about one trap, which `docs/gateway.md` and `deploy/envoy` explain.
+//! Only the static resources are checked; what comes by xDS is not in the file. `docs/gateway.md` and `deploy/envoy` explain
+//! each finding.
 
 mod clusters;
 mod header_mutations;
@@ -19,44 +19,41 @@ use crate::{
     pb::envoy_request::MAX_BODY_BYTES,
 };
 
-use super::DoctorReport;
-use message::{JsonMessage as _, StringMatcher, messages_with_type};
+use super::report::{DoctorReport, format_rounded};
+use message::{EXT_AUTHZ_TYPE, JsonMessage as _, StringMatcher, TOPIC, messages_with_type};
 
-pub(super) const TOPIC: &str = "envoy";
-const EXT_AUTHZ_TYPE: &str = ".ext_authz.v3.ExtAuthz";
-const EXT_AUTHZ_PER_ROUTE_TYPE: &str = ".ext_authz.v3.ExtAuthzPerRoute";
-const HTTP_CONNECTION_MANAGER_TYPE: &str = ".http_connection_manager.v3.HttpConnectionManager";
-/// What Envoy waits for when nobody says how long.
+/// Envoy's own timeout, if none is set.
 const ENVOY_DEFAULT_TIMEOUT: Duration = Duration::from_millis(200);
-/// Longer, and an outage holds up every request for all of it.
+/// With a longer timeout an outage delays every request for too long.
 const MAX_RECOMMENDED_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Looks at a bootstrap in YAML or JSON: one document, or those of several that have an `ext_authz` filter. Bootstraps in
-/// the `data` of a Kubernetes `ConfigMap` count as documents.
+/// Checks every document with an `ext_authz` filter in a YAML or JSON file. Bootstraps in the `data` of a Kubernetes
+/// `ConfigMap` count as documents.
 pub(super) fn check_bootstrap(
     name: &str,
     text: &str,
     settings: Option<&ServerSettings>,
     findings: &mut DoctorReport,
 ) {
-    let redis = settings.and_then(|settings| settings.limits.redis.as_ref()).map(|redis| redis.timeout);
-    check_bootstrap_with_redis_timeout(name, text, redis, findings);
+    let redis_timeout =
+        settings.and_then(|settings| settings.limits.redis.as_ref()).map(|redis| redis.timeout);
+    check_bootstrap_with_redis_timeout(name, text, redis_timeout, findings);
 }
 
-/// The same. `redis` is how long a Check may wait for Redis, where it does.
+/// `redis_timeout` is how long a Check may wait for Redis; None = limits are counted locally.
 fn check_bootstrap_with_redis_timeout(
     name: &str,
     text: &str,
-    redis: Option<Duration>,
+    redis_timeout: Option<Duration>,
     findings: &mut DoctorReport,
 ) {
     let documents: Vec<Value> = match serde_saphyr::from_multiple(text) {
         Ok(documents) => documents,
         Err(error) => {
-            let said = error.to_string().lines().next().unwrap_or_default().to_owned();
+            let problem = error.to_string().lines().next().unwrap_or_default().to_owned();
             findings.fail(
                 TOPIC,
-                format!("{name} is neither YAML nor JSON: {said}"),
+                format!("{name} is neither YAML nor JSON: {problem}"),
                 "envoy --mode validate -c FILE",
             );
             return;
@@ -70,14 +67,14 @@ fn check_bootstrap_with_redis_timeout(
         .peekable();
     if asking.peek().is_none() {
         let fix = "put envoy.filters.http.ext_authz into its http_filters, as in deploy/envoy/minimal.yaml";
-        findings.fail(TOPIC, format!("{name} asks nobody: it has no ext_authz filter"), fix);
+        findings.fail(TOPIC, format!("{name} does not ask Keyward: it has no ext_authz filter"), fix);
     }
     for root in asking {
-        check_document(name, root, redis, findings);
+        check_document(name, root, redis_timeout, findings);
     }
 }
 
-/// The files in a `ConfigMap`, or in those of a `List`, that are YAML; nothing of any other document.
+/// The YAML documents in a `ConfigMap`, or in the `ConfigMap`s of a `List`; none for any other document.
 fn config_map_documents(document: &Value) -> Vec<Value> {
     let maps: Vec<&Value> = match document.text_field("kind") {
         "ConfigMap" => vec![document],
@@ -94,11 +91,11 @@ fn config_map_documents(document: &Value) -> Vec<Value> {
     files.filter_map(|file| serde_saphyr::from_multiple::<Value>(file).ok()).flatten().collect()
 }
 
-/// The same of one document.
-fn check_document(name: &str, root: &Value, redis: Option<Duration>, findings: &mut DoctorReport) {
+/// Checks one bootstrap.
+fn check_document(name: &str, root: &Value, redis_timeout: Option<Duration>, findings: &mut DoctorReport) {
     let before = findings.problem_count();
     for filter in messages_with_type(root, EXT_AUTHZ_TYPE) {
-        check_filter(filter, redis, findings);
+        check_filter(filter, redis_timeout, findings);
         header_mutations::check_header_mutation_rules(filter, findings);
         clusters::check_cluster(root, filter, findings);
     }
@@ -108,59 +105,60 @@ fn check_document(name: &str, root: &Value, redis: Option<Duration>, findings: &
         findings.pass(
             TOPIC,
             format!(
-                "{name}: fails closed, says 503 when Keyward is away, and lets no header or path pass unseen"
+                "{name}: fails closed, answers 503 if Keyward is unreachable, and lets no header or path pass unchecked"
             ),
         );
     }
 }
 
-fn check_filter(filter: &Value, redis: Option<Duration>, findings: &mut DoctorReport) {
+fn check_filter(filter: &Value, redis_timeout: Option<Duration>, findings: &mut DoctorReport) {
     if filter.is_true("failure_mode_allow") {
-        let said = "failure_mode_allow is true: an outage of Keyward opens every door";
-        findings.fail(TOPIC, said, "failure_mode_allow: false");
+        let problem = "failure_mode_allow is true: in an outage of Keyward every request passes";
+        findings.fail(TOPIC, problem, "failure_mode_allow: false");
     }
     let code = filter
         .field("status_on_error")
         .map_or(Value::Null, |status| status.field("code").cloned().unwrap_or_default());
     if code != "ServiceUnavailable" && code != 503 {
-        let said = "status_on_error is not 503 (Envoy's default is 403): an outage looks like a bad key, and clients throw good keys away";
-        findings.warn(TOPIC, said, "status_on_error: { code: ServiceUnavailable }");
+        let problem = "status_on_error is not 503 (Envoy's default is 403): an outage looks like a bad key, and clients discard good keys";
+        findings.warn(TOPIC, problem, "status_on_error: { code: ServiceUnavailable }");
     }
     if !filter.is_true("validate_mutations") {
-        let said = "validate_mutations is off: a header value with a line end would be passed on";
-        findings.warn(TOPIC, said, "validate_mutations: true");
+        let problem = "validate_mutations is off: a header value with a line break would be forwarded";
+        findings.warn(TOPIC, problem, "validate_mutations: true");
     }
     if filter.is_true("clear_route_cache") {
-        let said = "clear_route_cache is true: a request can change to another route after it was judged by the first";
-        findings.fail(TOPIC, said, "take clear_route_cache away");
+        let problem =
+            "clear_route_cache is true: a request can change its route after Keyward has checked it";
+        findings.fail(TOPIC, problem, "remove clear_route_cache");
     }
     if let Some(body) = filter.field("with_request_body") {
         check_request_body(body, filter.field("http_service").is_some(), findings);
     }
     if filter.is_true("include_peer_certificate") {
-        let said =
-            "include_peer_certificate sends a whole certificate with each question; Keyward does not read it";
-        findings.warn(TOPIC, said, "take include_peer_certificate away");
+        let problem =
+            "include_peer_certificate sends a whole certificate with each request; Keyward ignores it";
+        findings.warn(TOPIC, problem, "remove include_peer_certificate");
     }
     if filter.is_true("shadow_mode") {
         findings.warn(
             TOPIC,
-            "shadow_mode is on: nothing is ever refused",
-            "take shadow_mode away when the trial is over",
+            "shadow_mode is on: no request is ever denied",
+            "remove shadow_mode after the trial",
         );
     }
     if filter.field("filter_enabled").is_some() && !filter.is_true("deny_at_disable") {
-        let said = "filter_enabled: requests outside its share pass unasked";
-        findings.warn(TOPIC, said, "take filter_enabled away when the trial is over");
+        let problem = "filter_enabled: requests outside its share pass unchecked";
+        findings.warn(TOPIC, problem, "remove filter_enabled after the trial");
     }
     check_header_visibility(filter, findings);
     match (filter.field("grpc_service"), filter.field("http_service")) {
-        (Some(service), _) => check_timeout(service, "grpc_service.timeout", redis, findings),
+        (Some(service), _) => check_timeout(service, "grpc_service.timeout", redis_timeout, findings),
         (None, Some(service)) => {
             check_timeout(
                 service.field("server_uri").unwrap_or(&Value::Null),
                 "http_service.server_uri.timeout",
-                redis,
+                redis_timeout,
                 findings,
             );
             check_http_service(service, findings);
@@ -173,21 +171,22 @@ fn check_filter(filter: &Value, redis: Option<Duration>, findings: &mut DoctorRe
     }
 }
 
-/// Over HTTP a body of any length is passed over; over gRPC it is part of a message, which has a bound.
+/// Checks the forwarding of bodies. Over HTTP Keyward skips a body of any length; over gRPC it is part of a message, whose
+/// size is limited.
 fn check_request_body(body: &Value, over_http: bool, findings: &mut DoctorReport) {
-    let most = body.field("max_request_bytes").and_then(Value::as_u64).unwrap_or_default();
-    if most > MAX_BODY_BYTES as u64 && !over_http {
-        let said = format!(
-            "with_request_body sends bodies of up to {most} bytes along; Keyward answers 413 above {MAX_BODY_BYTES}"
+    let max_bytes = body.field("max_request_bytes").and_then(Value::as_u64).unwrap_or_default();
+    if max_bytes > MAX_BODY_BYTES as u64 && !over_http {
+        let problem = format!(
+            "with_request_body sends bodies of up to {max_bytes} bytes along; Keyward answers 413 above {MAX_BODY_BYTES}"
         );
-        findings.fail(TOPIC, said, "take with_request_body away: Keyward does not look at bodies");
+        findings.fail(TOPIC, problem, "remove with_request_body: Keyward ignores bodies");
     } else {
-        let said = "with_request_body makes Envoy hold every body back; Keyward does not look at bodies";
-        findings.warn(TOPIC, said, "take with_request_body away");
+        let problem = "with_request_body makes Envoy buffer every body; Keyward ignores bodies";
+        findings.warn(TOPIC, problem, "remove with_request_body");
     }
 }
 
-/// Which of a request's headers Keyward sees. What it does not see it does not have removed.
+/// Checks which headers of a request Keyward sees: it can only have removed what it sees.
 fn check_header_visibility(filter: &Value, findings: &mut DoctorReport) {
     let over_http = filter.field("http_service").is_some();
     let lists = |name: &str| filter.field(name).map(message::string_matchers);
@@ -199,22 +198,22 @@ fn check_header_visibility(filter: &Value, findings: &mut DoctorReport) {
                 .is_some_and(|list| list.iter().any(|pattern| pattern.definitely_matches(name)))
     };
     if !IDENTITY_HEADERS.into_iter().chain(["x-keyward-later"]).all(&sees) {
-        let said = "Keyward does not see x-keyward-… headers of clients, so it cannot have them removed: a client can make up who it is";
-        findings.fail(TOPIC, said, "allowed_headers: { patterns: [ { prefix: x-keyward- } ] }");
+        let problem = "Keyward does not see x-keyward-… headers of clients, so it cannot have them removed: a client can forge its identity";
+        findings.fail(TOPIC, problem, "allowed_headers: { patterns: [ { prefix: x-keyward- } ] }");
     }
-    // An underscore never gets so far: see headers_with_underscores_action.
+    // Names with underscores are dropped earlier: see headers_with_underscores_action.
     if !["x.keyward.user", "x!keyward|account", "x-keyward.scopes"].into_iter().all(&sees) {
-        let said = "Keyward does not see spellings such as X.Keyward.User, so it cannot have them removed: PHP takes them for X-Keyward-User";
+        let problem = "Keyward does not see spellings such as X.Keyward.User, so it cannot have them removed: PHP takes them for X-Keyward-User";
         findings.fail(
             TOPIC,
-            said,
+            problem,
             "allowed_headers: { patterns: [ { safe_regex: { regex: \".*[^a-z0-9:-].*\" } } ] }",
         );
     } else if !["x.api.key", "x.original.url", "x.http.method.override"].into_iter().all(&sees) {
-        let said = "Keyward does not see spellings such as X.Original.Url, so it cannot have them removed: a service that obeys them can be led around rules";
+        let problem = "Keyward does not see spellings such as X.Original.Url, so it cannot have them removed: they can lead a service around the rules";
         findings.warn(
             TOPIC,
-            said,
+            problem,
             "allowed_headers: { patterns: [ { safe_regex: { regex: \".*[^a-z0-9:-].*\" } } ] }",
         );
     }
@@ -226,60 +225,58 @@ fn check_header_visibility(filter: &Value, findings: &mut DoctorReport) {
         );
     }
     if !METHOD_OVERRIDE_HEADERS.into_iter().all(&sees) {
-        let said = "Keyward does not see x-http-method-override and the like: it removes them, and cannot refuse them where rules go by method";
+        let problem = "Keyward does not see x-http-method-override and the like: it removes them, but cannot reject them if rules depend on the method";
         findings.warn(
             TOPIC,
-            said,
+            problem,
             "add x-http-method-override, x-http-method and x-method-override to allowed_headers",
         );
     }
     let uncertain =
         allowed.iter().chain(&refused).flatten().any(|pattern| matches!(pattern, StringMatcher::Unsupported));
     if uncertain {
-        findings
-            .skip(TOPIC, "a pattern of allowed_headers or disallowed_headers that is not understood here");
+        findings.skip(
+            TOPIC,
+            "a pattern of allowed_headers or disallowed_headers that the doctor does not support",
+        );
     }
 }
 
-fn check_timeout(service: &Value, name: &str, redis: Option<Duration>, findings: &mut DoctorReport) {
+fn check_timeout(service: &Value, name: &str, redis_timeout: Option<Duration>, findings: &mut DoctorReport) {
     let given = service.field("timeout").and_then(Value::as_str).and_then(message::parse_proto_duration);
     let timeout = given.unwrap_or(ENVOY_DEFAULT_TIMEOUT);
     if given.is_none() {
-        findings.warn(
-            TOPIC,
-            format!("{name} is not set: Envoy waits 200 ms"),
-            format!("{name}: 0.25s says what is meant"),
-        );
+        findings.warn(TOPIC, format!("{name} is not set: Envoy waits 200 ms"), format!("set {name}: 0.25s"));
     }
     if timeout.is_zero() || timeout > MAX_RECOMMENDED_TIMEOUT {
-        let said = format!(
-            "{name} is {}: an outage of Keyward holds every request up for so long",
+        let problem = format!(
+            "{name} is {}: in an outage of Keyward every request waits that long",
             format_timeout(timeout)
         );
-        findings.warn(TOPIC, said, "0.25s is much for an answer from memory");
+        findings.warn(TOPIC, problem, "0.25s is ample for an answer from memory");
     }
-    if redis.is_some_and(|redis| timeout <= redis) && !timeout.is_zero() {
-        let said = format!(
-            "{name} is no longer than limits.timeout: when Redis is slow, Envoy gives up before Keyward can answer without it"
+    if redis_timeout.is_some_and(|redis_timeout| timeout <= redis_timeout) && !timeout.is_zero() {
+        let problem = format!(
+            "{name} is no longer than limits.timeout: if Redis is slow, Envoy gives up before Keyward can answer without it"
         );
-        findings.warn(TOPIC, said, "make it longer, or limits.timeout shorter");
+        findings.warn(TOPIC, problem, "make it longer, or limits.timeout shorter");
     }
 }
 
 fn format_timeout(timeout: Duration) -> String {
-    if timeout.is_zero() { "0, without an end".to_owned() } else { super::format_rounded(timeout) }
+    if timeout.is_zero() { "0, which means no limit".to_owned() } else { format_rounded(timeout) }
 }
 
-/// What an answer over HTTP may bring to the service.
+/// Checks which headers of Keyward's HTTP response reach the service.
 fn check_http_service(service: &Value, findings: &mut DoctorReport) {
     let passed =
         service.field("authorization_response").and_then(|answer| answer.field("allowed_upstream_headers"));
     let passed = passed.map(message::string_matchers).unwrap_or_default();
     if !IDENTITY_HEADERS.iter().all(|name| passed.iter().any(|pattern| pattern.may_match(name))) {
-        let said = "allowed_upstream_headers lacks x-keyward-…: what a client sends under these names reaches the service as if Keyward had said it";
+        let problem = "allowed_upstream_headers lacks x-keyward-…: a client's own headers of these names reach the service as Keyward's";
         findings.fail(
             TOPIC,
-            said,
+            problem,
             "authorization_response: { allowed_upstream_headers: { patterns: [ { prefix: x-keyward- } ] } }",
         );
     }
@@ -355,12 +352,12 @@ mod tests {
             (
                 "use_remote_address: true",
                 "use_remote_address: true\n          http_protocol_options: { enable_trailers: true }",
-                "warn a listener lets trailers of HTTP/1 in",
+                "warn a listener accepts trailers of HTTP/1",
             ),
             (
                 "outlier_detection:",
                 "http_protocol_options: { enable_trailers: true }\n    outlier_detection:",
-                "fail cluster keyward passes trailers on",
+                "fail cluster keyward forwards trailers",
             ),
             (
                 "use_remote_address: true",
@@ -427,14 +424,14 @@ mod tests {
             (
                 "http2_protocol_options: { connection_keepalive: { interval: 30s, timeout: 5s } }",
                 "http_protocol_options: {}",
-                "fail its cluster keyward does not speak HTTP/2",
+                "fail its cluster keyward does not use HTTP/2",
             ),
             (
                 "address: 127.0.0.1, port_value: 50062",
                 "address: keyward.internal, port_value: 50062",
                 "fail its cluster keyward reaches keyward.internal without TLS",
             ),
-            ("no_traffic_interval: 1s", "", "warn its cluster keyward looks at idle hosts once a minute"),
+            ("no_traffic_interval: 1s", "", "warn its cluster keyward checks idle hosts once a minute"),
             (
                 "outlier_detection:",
                 "common_lb_config: {}\n    other:",
@@ -500,7 +497,7 @@ mod tests {
             let found = finding_messages(&text);
             assert!(found.len() == 1 && found[0].starts_with("fail failure_mode_allow"), "{found:?}\n{text}");
         }
-        assert!(finding_messages(&format!("{service}---\n{service}"))[0].contains("asks nobody"));
+        assert!(finding_messages(&format!("{service}---\n{service}"))[0].contains("does not ask Keyward"));
         assert!(finding_messages(&format!("{MINIMAL}---\na: [\n"))[0].contains("neither YAML nor JSON"));
     }
 
@@ -518,7 +515,7 @@ mod tests {
     #[test]
     fn a_bootstrap_that_asks_nobody_is_told() {
         let found = finding_messages("static_resources: {}");
-        assert!(found.len() == 1 && found[0].contains("asks nobody"), "{found:?}");
+        assert!(found.len() == 1 && found[0].contains("does not ask Keyward"), "{found:?}");
     }
 
     #[test]

@@ -1,24 +1,24 @@
-//! Checks an nginx configuration that asks Keyward for traps that let requests pass unjudged. Pure: nothing is asked.
+//! Checks whether an nginx configuration asks Keyward in a way that lets no request pass unchecked. Pure: it contacts no server.
 //!
-//! It reads one file, or what `nginx -T` wrote of all. Other files are not followed, and the findings name them. `docs/gateway.md` and
-//! `deploy/nginx/keyward.conf` explain each trap.
+//! It reads one file, or the output of `nginx -T`. Other files are not read; the findings name them. `docs/gateway.md` and
+//! `deploy/nginx/keyward.conf` explain each finding.
 
 mod config_dump;
 mod locations;
 mod syntax;
 mod variables;
 
-use super::DoctorReport;
-use syntax::NginxDirective;
+use super::report::DoctorReport;
+use syntax::{NginxDirective, flatten};
 
-pub(super) const TOPIC: &str = "nginx";
+pub(super) use syntax::TOPIC;
 
-/// Looks at a configuration: what `nginx -T` writes, a whole `nginx.conf`, or a part such as `conf.d` holds.
+/// Checks the output of `nginx -T`, a whole `nginx.conf`, or a part as in `conf.d`.
 pub(super) fn check_configuration(name: &str, text: &str, findings: &mut DoctorReport) {
     let root = match config_dump::parse_dump(text) {
         Ok(root) => root,
         Err(problem) => {
-            findings.fail(TOPIC, format!("{name} is no nginx configuration: {problem}"), "nginx -t");
+            findings.fail(TOPIC, format!("{name} is not an nginx configuration: {problem}"), "nginx -t");
             return;
         }
     };
@@ -26,55 +26,47 @@ pub(super) fn check_configuration(name: &str, text: &str, findings: &mut DoctorR
     let before = findings.iter().count();
     for include in all.iter().filter(|directive| directive.name == "include") {
         let file = format!("{}, which {name} includes in line {}", include.argument(0), include.line);
-        findings.skip(TOPIC, format!("{file}: nginx -T writes all files into one"));
+        findings.skip(TOPIC, format!("{file}: name the output of nginx -T, which has all files"));
     }
     if !all.iter().any(|directive| directive.name == "auth_request" && directive.argument(0) != "off") {
         let fix = "auth_request /keyward; as in deploy/nginx/keyward.conf";
-        findings.fail(TOPIC, format!("{name} asks nobody: it has no auth_request"), fix);
+        findings.fail(TOPIC, format!("{name} does not ask Keyward: it has no auth_request"), fix);
         return;
     }
     check_name_normalization(&all, findings);
     check_error_pages(&all, findings);
     locations::check_locations(&root, findings);
-    // What was not looked at may be wrong: nothing is good then.
+    // What was not checked may be wrong, so only a configuration without any finding is good.
     if findings.iter().count() == before {
-        let state = "asks Keyward for every location, and lets no header of a client pass for an answer";
+        let state = "every location asks Keyward, and no header of a client passes as its answer";
         findings.pass(TOPIC, format!("{name}: {state}"));
     }
 }
 
-/// Every directive at any depth.
-fn flatten(block: &[NginxDirective]) -> Vec<&NginxDirective> {
-    block
-        .iter()
-        .flat_map(|directive| std::iter::once(directive).chain(flatten(directive.children())))
-        .collect()
-}
-
-/// Whether names and paths that services read otherwise reach them.
+/// Checks settings by which names and paths reach services that read them differently.
 fn check_name_normalization(all: &[&NginxDirective], findings: &mut DoctorReport) {
     let line = |name: &str, value: &str| {
         let found = all.iter().find(|directive| directive.name == name && directive.argument(0) == value);
         found.map(|directive| directive.line)
     };
-    for (name, value, lets) in [
+    for (name, value, header) in [
         ("underscores_in_headers", "on", "X_Keyward_User"),
         ("ignore_invalid_headers", "off", "X.Keyward.User"),
     ] {
         if let Some(line) = line(name, value) {
             let problem = format!(
-                "{name} is {value} (line {line}): {lets} passes, which many services take for X-Keyward-User"
+                "{name} is {value} (line {line}): {header} passes, which many services read as X-Keyward-User"
             );
-            findings.fail(TOPIC, problem, format!("take {name} away: nginx's default drops such headers"));
+            findings.fail(TOPIC, problem, format!("remove {name}: by default nginx drops such headers"));
         }
     }
     if let Some(line) = line("merge_slashes", "off") {
-        let problem = format!("merge_slashes is off (line {line}): //a meets another location than /a");
+        let problem = format!("merge_slashes is off (line {line}): //a matches another location than /a");
         findings.warn(TOPIC, problem, "merge_slashes on");
     }
 }
 
-/// An outage of Keyward is a 500 to `auth_request`, which clients take for a fault of the service.
+/// Checks for an error page: `auth_request` turns an outage of Keyward into a 500, which looks like a fault of the service.
 fn check_error_pages(all: &[&NginxDirective], findings: &mut DoctorReport) {
     let mut pages = all.iter().filter(|directive| directive.name == "error_page");
     if !pages.any(|page| page.arguments.iter().any(|argument| argument == "500")) {
@@ -94,7 +86,7 @@ mod tests {
     const SHIPPED: &str = include_str!("../../deploy/nginx/keyward.conf");
 
     const GOOD: &str =
-        "ok n.conf: asks Keyward for every location, and lets no header of a client pass for an answer";
+        "ok n.conf: every location asks Keyward, and no header of a client passes as its answer";
 
     /// What is found of a configuration.
     fn finding_messages(text: &str) -> Vec<String> {
@@ -248,10 +240,13 @@ mod tests {
     #[test]
     fn a_file_that_asks_nobody_or_cannot_be_read_fails() {
         assert!(
-            finding_messages("server { location / { proxy_pass http://a; } }")[0].contains("asks nobody")
+            finding_messages("server { location / { proxy_pass http://a; } }")[0]
+                .contains("does not ask Keyward")
         );
-        assert!(finding_messages("server { auth_request off; }")[0].contains("asks nobody"));
-        assert!(finding_messages("server {")[0].starts_with("fail n.conf is no nginx configuration: line 1"));
+        assert!(finding_messages("server { auth_request off; }")[0].contains("does not ask Keyward"));
+        assert!(
+            finding_messages("server {")[0].starts_with("fail n.conf is not an nginx configuration: line 1")
+        );
     }
 
     #[test]

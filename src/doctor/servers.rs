@@ -1,5 +1,5 @@
-//! Running servers, as their callers meet them: the admin pages over HTTP, health over gRPC, the certificate that a TLS
-//! listener shows. No token is needed and none is sent.
+//! Checks running servers from outside: the admin pages over HTTP, health over gRPC, and the certificate of a TLS listener.
+//! No token is needed or sent.
 
 use std::collections::BTreeMap;
 
@@ -13,14 +13,17 @@ use tonic_health::pb::{
 
 use crate::{clock::Clock, domain::time::Revision};
 
-use super::{CHECK_TIMEOUT, DoctorInput, DoctorReport, certificates};
+use super::{
+    certificates,
+    report::{CHECK_TIMEOUT, DoctorReport},
+};
 
-/// The largest admin page that is read, in bytes.
+/// The maximum size of an admin page in bytes.
 const MAX_PAGE_BYTES: usize = 4 << 20;
 
-/// Where a server is: `http://HOST:PORT`, `https://HOST:PORT` or `HOST:PORT`.
+/// The address of a server: `http://HOST:PORT`, `https://HOST:PORT` or `HOST:PORT`.
 #[derive(Clone, Debug)]
-pub struct ServerEndpoint {
+pub(crate) struct ServerEndpoint {
     text: String,
     host: String,
     port: u16,
@@ -31,28 +34,28 @@ impl std::str::FromStr for ServerEndpoint {
     type Err = String;
 
     fn from_str(text: &str) -> Result<ServerEndpoint, String> {
-        let wanted = || "say http://HOST:PORT, https://HOST:PORT or HOST:PORT".to_owned();
+        let expected = || "use http://HOST:PORT, https://HOST:PORT or HOST:PORT".to_owned();
         let whole = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-        let uri: Uri = whole.parse().map_err(|_| wanted())?;
+        let uri: Uri = whole.parse().map_err(|_| expected())?;
         let tls = match uri.scheme_str() {
             Some("http") => false,
             Some("https") => true,
-            _ => return Err(wanted()),
+            _ => return Err(expected()),
         };
-        let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(wanted)?;
-        // A password in it would end up on the screen.
+        let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(expected)?;
+        // A password in the address would be printed.
         if uri.authority().is_none_or(|authority| authority.as_str().contains('@')) {
-            return Err(wanted());
+            return Err(expected());
         }
-        let (host, port) = (host.trim_matches(['[', ']']).to_owned(), uri.port_u16().ok_or_else(wanted)?);
+        let (host, port) = (host.trim_matches(['[', ']']).to_owned(), uri.port_u16().ok_or_else(expected)?);
         Ok(ServerEndpoint { text: text.to_owned(), host, port, tls })
     }
 }
 
 impl ServerEndpoint {
     async fn connect(&self) -> Result<TcpStream, String> {
-        let connecting = TcpStream::connect((self.host.as_str(), self.port));
-        with_timeout(connecting).await?.map_err(|error| error.to_string())
+        let connection = TcpStream::connect((self.host.as_str(), self.port));
+        with_timeout(connection).await?.map_err(|error| error.to_string())
     }
 }
 
@@ -62,24 +65,25 @@ async fn with_timeout<T>(work: impl Future<Output = T>) -> Result<T, String> {
         .map_err(|_| format!("no answer within {} s", CHECK_TIMEOUT.as_secs()))
 }
 
-/// Looks at the servers; `head` is the database's newest revision, if that is known.
+/// Checks the servers. `head` is the newest revision of the database, if it is known.
 pub(super) async fn check_servers(
-    asked: &DoctorInput<'_>,
+    admin_endpoints: &[ServerEndpoint],
+    grpc_endpoints: &[ServerEndpoint],
     head: Option<Revision>,
     clock: &dyn Clock,
     findings: &mut DoctorReport,
 ) {
-    if asked.admin_endpoints.is_empty() {
+    if admin_endpoints.is_empty() {
         findings
             .skip("server", "admin pages (readiness, revision, frozen clocks); name them with --admin URL");
     }
-    for url in asked.admin_endpoints {
+    for url in admin_endpoints {
         check_admin_endpoint(url, head, findings).await;
     }
-    if asked.grpc_endpoints.is_empty() {
+    if grpc_endpoints.is_empty() {
         findings.skip("server", "gRPC listeners; name them with --server URL");
     }
-    for url in asked.grpc_endpoints {
+    for url in grpc_endpoints {
         check_grpc_endpoint(url, clock, findings).await;
     }
 }
@@ -106,12 +110,12 @@ async fn check_admin_endpoint(url: &ServerEndpoint, head: Option<Revision>, find
         503 => findings.fail(
             TOPIC,
             format!("{} is not ready: it answers no Check", url.text),
-            "its log says why: loading, or no lease",
+            "its log has the reason: loading, or no lease",
         ),
         other => findings.fail(
             TOPIC,
             format!("{} answers {other} to /readyz", url.text),
-            "is that a keyward's admin listener?",
+            "is that an admin listener of Keyward?",
         ),
     }
     match fetch_page(url, "/metrics").await {
@@ -119,13 +123,13 @@ async fn check_admin_endpoint(url: &ServerEndpoint, head: Option<Revision>, find
         Ok((status, _)) => findings.fail(
             TOPIC,
             format!("{} answers {status} to /metrics", url.text),
-            "is that a keyward's admin listener?",
+            "is that an admin listener of Keyward?",
         ),
-        Err(error) => findings.fail(TOPIC, format!("{}: /metrics: {error}", url.text), "look at its log"),
+        Err(error) => findings.fail(TOPIC, format!("{}: /metrics: {error}", url.text), "check its log"),
     }
 }
 
-/// A page: its status and text.
+/// Fetches a page; returns its status and text.
 async fn fetch_page(url: &ServerEndpoint, path: &str) -> Result<(u16, String), String> {
     let stream = url.connect().await?;
     with_timeout(async {
@@ -133,7 +137,7 @@ async fn fetch_page(url: &ServerEndpoint, path: &str) -> Result<(u16, String), S
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| failed(&error))?;
-        let driving = tokio::spawn(connection);
+        let connection_task = tokio::spawn(connection);
         let request = Request::get(path).header("host", &url.host).body(Empty::<bytes::Bytes>::new());
         let answer = sender.send_request(request.map_err(|error| failed(&error))?).await;
         let answer = answer.map_err(|error| failed(&error))?;
@@ -142,13 +146,13 @@ async fn fetch_page(url: &ServerEndpoint, path: &str) -> Result<(u16, String), S
             .collect()
             .await
             .map_err(|error| failed(&error))?;
-        driving.abort();
+        connection_task.abort();
         Ok((status, String::from_utf8_lossy(&body.to_bytes()).into_owned()))
     })
     .await?
 }
 
-/// The series of a metrics page that have no labels.
+/// Parses the series without labels of a metrics page.
 fn parse_unlabeled_metrics(text: &str) -> BTreeMap<&str, f64> {
     let series = text.lines().filter(|line| !line.starts_with('#') && !line.contains('{'));
     series
@@ -167,8 +171,8 @@ fn check_metrics(
     let number = |name: &str| numbers.get(name).copied();
     if number("keyward_regressed") == Some(1.0) {
         let fix =
-            "restore what was lost, or accept it: keyward replicas accept-regression (docs/reliability.md)";
-        findings.fail(TOPIC, format!("{server} knows changes that the database has lost"), fix);
+            "restore them, or accept the loss: keyward replicas accept-regression (docs/reliability.md)";
+        findings.fail(TOPIC, format!("{server} has changes that the database has lost"), fix);
     }
     match (number("keyward_revision"), head) {
         (Some(revision), Some(head)) => {
@@ -183,7 +187,7 @@ fn check_metrics(
                 _ => findings.warn(
                     TOPIC,
                     format!("{server} is {behind} revisions behind the database's {head}"),
-                    "ask again; if it stays so, its log says why",
+                    "repeat the check; if it stays behind, its log has the reason",
                 ),
             }
         }
@@ -193,7 +197,7 @@ fn check_metrics(
         Some(0.0) => findings.pass(TOPIC, format!("{server}: its machine's clock has not stood still")),
         Some(times) => findings.warn(
             "clocks",
-            format!("{server}: its machine's clock has stood still {times} times, while a lease ran"),
+            format!("{server}: its machine's clock has stood still {times} times during a lease"),
             "do not suspend or clone that virtual machine while it serves",
         ),
         None => {}
@@ -220,8 +224,8 @@ async fn check_grpc_endpoint(url: &ServerEndpoint, clock: &dyn Clock, findings: 
         Ok(ServingStatus::Serving) => findings.pass(TOPIC, format!("{} is SERVING", url.text)),
         Ok(status) => findings.fail(
             TOPIC,
-            format!("{} says {}", url.text, status.as_str_name()),
-            "its log says why: loading, stopping, or no lease",
+            format!("{} reports {}", url.text, status.as_str_name()),
+            "its log has the reason: loading, stopping, or no lease",
         ),
         Err(error) => findings.fail(
             TOPIC,
@@ -231,7 +235,7 @@ async fn check_grpc_endpoint(url: &ServerEndpoint, clock: &dyn Clock, findings: 
     }
 }
 
-/// Asks for health over a connection that is there already.
+/// Queries health over an established connection.
 async fn query_health<S>(url: &ServerEndpoint, stream: S) -> Result<ServingStatus, String>
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
@@ -246,8 +250,8 @@ where
     let channel = with_timeout(endpoint.connect_with_connector(connector))
         .await?
         .map_err(|error| error_chain(&error))?;
-    let asked = HealthClient::new(channel).check(HealthCheckRequest::default()).await;
-    asked
+    let response = HealthClient::new(channel).check(HealthCheckRequest::default()).await;
+    response
         .map(|answer| answer.into_inner().status())
         .map_err(|status| format!("health: {} ({:?})", status.message(), status.code()))
 }
@@ -256,7 +260,7 @@ fn bracket_ipv6(host: &str) -> String {
     if host.contains(':') { format!("[{host}]") } else { host.to_owned() }
 }
 
-/// An error with its causes.
+/// Formats an error with its causes.
 fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -270,7 +274,7 @@ fn error_chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Severity;
+    use crate::doctor::report::Severity;
 
     #[test]
     fn a_server_is_named_by_host_and_port() {

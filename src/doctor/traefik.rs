@@ -1,30 +1,31 @@
-//! Checks a dynamic configuration of Traefik that asks Keyward for traps that let requests pass unjudged. Pure: nothing is
-//! asked.
+//! Checks whether a dynamic configuration of Traefik asks Keyward in a way that lets no request pass unchecked. Pure: it
+//! contacts no server.
 //!
-//! It reads one file of the file provider, or `Middleware` and `IngressRoute` resources of Kubernetes. What other providers
-//! and the static configuration say is not in it. `docs/gateway.md` and `deploy/traefik/keyward.yaml` explain each trap.
+//! It reads one file of the file provider, or `Middleware` and `IngressRoute` resources of Kubernetes. Other
+//! providers and the static configuration are not checked. `docs/gateway.md` and `deploy/traefik/keyward.yaml` explain each
+//! finding.
 
+mod config;
 mod forward_auth;
-mod reading;
 
 use crate::domain::header_name::{self, IDENTITY_HEADERS, OVERRIDE_HEADERS};
 
-use super::DoctorReport;
-use reading::{Configuration, Middleware, Router};
+use super::report::DoctorReport;
+use config::{TraefikConfig, TraefikMiddleware, TraefikRouter};
 
-pub(super) const ABOUT: &str = "traefik";
+pub(super) use config::TOPIC;
 
-/// The middlewares that give the service another path than the one that is asked for.
+/// The middlewares that change the path.
 const REWRITES: [&str; 5] =
     ["addPrefix", "replacePath", "replacePathRegex", "stripPrefix", "stripPrefixRegex"];
 
-/// Looks at a dynamic configuration: YAML, or TOML if the file's name says so.
-pub(super) fn examine(name: &str, text: &str, findings: &mut DoctorReport) {
-    let configuration = match Configuration::read(name, text) {
+/// Checks a dynamic configuration: TOML if the file name ends in `.toml`, otherwise YAML.
+pub(super) fn check_configuration(name: &str, text: &str, findings: &mut DoctorReport) {
+    let configuration = match TraefikConfig::parse(name, text) {
         Ok(configuration) => configuration,
         Err(problem) => {
-            let problem = format!("{name} is no configuration of Traefik: {problem}");
-            return findings.fail(ABOUT, problem, "correct it; what templates in it make is not read here");
+            let problem = format!("{name} is not a Traefik configuration: {problem}");
+            return findings.fail(TOPIC, problem, "correct it; templates are not supported");
         }
     };
     let before = findings.iter().count();
@@ -33,105 +34,107 @@ pub(super) fn examine(name: &str, text: &str, findings: &mut DoctorReport) {
     });
     let Some(first) = asking.next() else {
         let fix = "forwardAuth with address: http://…/auth/traefik, as in deploy/traefik/keyward.yaml";
-        return findings.fail(
-            ABOUT,
-            format!("{name} asks nobody: it has no forwardAuth that asks Keyward"),
-            fix,
-        );
+        return findings.fail(TOPIC, format!("{name} does not ask Keyward: it has no such forwardAuth"), fix);
     };
     for (name, forward) in std::iter::once(first).chain(asking) {
-        forward_auth::examine(name, forward, findings);
+        forward_auth::check_forward_auth(name, forward, findings);
     }
     for router in configuration.routers() {
-        examine_router(router, &configuration, findings);
+        check_router(router, &configuration, findings);
     }
     if configuration.routers().is_empty() {
-        findings.skip(ABOUT, format!("which routers use it: {name} has none"));
+        findings.skip(TOPIC, format!("which routers use it: {name} has no routers"));
     }
     if let Some(kind) = configuration.other_routers() {
-        findings.skip(ABOUT, format!("the {kind} routers of {name}, about which Keyward cannot be asked"));
+        findings.skip(TOPIC, format!("the {kind} routers of {name}, which cannot ask Keyward"));
     }
-    // What was not looked at may be wrong: nothing is good then.
+    // What was not checked may be wrong, so only a configuration without any finding is good.
     if findings.iter().count() == before {
-        let state = "asks Keyward for every router, and lets no header of a client pass for an answer";
-        findings.pass(ABOUT, format!("{name}: {state}"));
+        let state = "every router asks Keyward, and no header of a client passes as its answer";
+        findings.pass(TOPIC, format!("{name}: {state}"));
     }
 }
 
-fn examine_router(router: &Router, configuration: &Configuration, findings: &mut DoctorReport) {
-    // Traefik's own: the dashboard, its ping, redirects.
+fn check_router(router: &TraefikRouter, configuration: &TraefikConfig, findings: &mut DoctorReport) {
+    // Services of Traefik itself, such as the dashboard.
     if router.service.ends_with("@internal") {
         return;
     }
     let all = configuration.resolve(&router.middlewares);
     let place = &router.place;
     for name in all.iter().filter(|(_, middleware)| middleware.is_none()).map(|(name, _)| name) {
-        findings.skip(ABOUT, format!("{place}: the middleware {name}, which the file does not have"));
+        findings.skip(TOPIC, format!("{place}: the middleware {name}, which the file does not have"));
     }
-    let known: Vec<Middleware<'_>> = all.iter().filter_map(|(_, middleware)| *middleware).collect();
+    let known: Vec<TraefikMiddleware<'_>> = all.iter().filter_map(|(_, middleware)| *middleware).collect();
     let asks = known.iter().position(|one| one.forward_auth().is_some_and(forward_auth::asks_keyward));
     match asks {
-        Some(at) => after_keyward(place, &known, at, findings),
-        // One of those that the file does not have may ask.
+        Some(at) => check_later_middlewares(place, &known, at, findings),
+        // A middleware that is not in the file may ask Keyward.
         None if known.len() < all.len() => {}
         None if known.iter().any(|one| one.forward_auth().is_some()) => {
-            findings.skip(ABOUT, format!("{place}: its forwardAuth asks another server than Keyward"));
+            findings.skip(TOPIC, format!("{place}: its forwardAuth asks another server than Keyward"));
         }
-        None => not_asking(place, &known, findings),
+        None => report_unasked_router(place, &known, findings),
     }
 }
 
-/// Whether any of these middlewares removes a header of requests.
-fn removes(middlewares: &[Middleware<'_>], name: &str) -> bool {
+/// Whether one of these middlewares removes a request header.
+fn removes_header(middlewares: &[TraefikMiddleware<'_>], name: &str) -> bool {
     middlewares
         .iter()
-        .flat_map(Middleware::request_headers)
+        .flat_map(TraefikMiddleware::request_headers)
         .any(|(known, value)| value.is_empty() && known.eq_ignore_ascii_case(name))
 }
 
-fn not_asking(place: &str, middlewares: &[Middleware<'_>], findings: &mut DoctorReport) {
-    let fix =
-        "give it a forwardAuth with ?public=true instead of none: Keyward then looks at path and headers";
+fn report_unasked_router(place: &str, middlewares: &[TraefikMiddleware<'_>], findings: &mut DoctorReport) {
+    let fix = "give it a forwardAuth with ?public=true: Keyward then checks path and headers";
     let identity: Vec<&str> =
-        IDENTITY_HEADERS.into_iter().filter(|name| !removes(middlewares, name)).collect();
+        IDENTITY_HEADERS.into_iter().filter(|name| !removes_header(middlewares, name)).collect();
     if identity.is_empty() {
         let problem = format!("{place} does not ask Keyward: every request reaches its service");
-        findings.warn(ABOUT, problem, fix);
+        findings.warn(TOPIC, problem, fix);
     } else {
         let names = identity.join(", ");
         let problem = format!("{place} does not ask Keyward: {names} of a client reach its service");
-        findings.fail(ABOUT, problem, fix);
+        findings.fail(TOPIC, problem, fix);
     }
 }
 
-/// What becomes of a request that Keyward has judged: `at` is where it is asked.
-fn after_keyward(place: &str, middlewares: &[Middleware<'_>], at: usize, findings: &mut DoctorReport) {
-    let left: Vec<&str> = OVERRIDE_HEADERS.into_iter().filter(|name| !removes(middlewares, name)).collect();
+/// Checks the middlewares that follow Keyward, which is at index `at`.
+fn check_later_middlewares(
+    place: &str,
+    middlewares: &[TraefikMiddleware<'_>],
+    at: usize,
+    findings: &mut DoctorReport,
+) {
+    let left: Vec<&str> =
+        OVERRIDE_HEADERS.into_iter().filter(|name| !removes_header(middlewares, name)).collect();
     if !left.is_empty() {
         let names = left.join(", ");
         let problem = format!(
-            "{place} sends {names} of a client to its service, which may take the request for another one than Keyward \
-             judged"
+            "{place} sends {names} of a client to its service, which may read the request differently than \
+             Keyward"
         );
         let fix = "a headers middleware with customRequestHeaders that sets them to \"\", as keyward-clean in \
                    deploy/traefik/keyward.yaml";
-        findings.warn(ABOUT, problem, fix);
+        findings.warn(TOPIC, problem, fix);
     }
     for middleware in &middlewares[at + 1..] {
         for (name, _) in middleware
             .request_headers()
             .filter(|(name, value)| !value.is_empty() && header_name::has_keyward_prefix(name.as_bytes()))
         {
-            let problem = format!("{place} sets {name}: the service takes it for Keyward's answer");
-            findings.warn(ABOUT, problem, format!("take {name} out of customRequestHeaders"));
+            let problem = format!("{place} sets {name}: the service reads it as Keyward's answer");
+            findings.warn(TOPIC, problem, format!("remove {name} from customRequestHeaders"));
         }
         if let Some(kind) = REWRITES.into_iter().find(|kind| middleware.is(kind)) {
-            let problem =
-                format!("{place} has {kind} behind Keyward: the service gets another path than it judged");
-            findings.warn(ABOUT, problem, format!("put {kind} before the middleware that asks Keyward"));
+            let problem = format!(
+                "{place} has {kind} after Keyward: the service gets another path than Keyward checked"
+            );
+            findings.warn(TOPIC, problem, format!("put {kind} before the middleware that asks Keyward"));
         }
         if middleware.is("plugin") {
-            findings.skip(ABOUT, format!("{place}: what its plugin does with requests"));
+            findings.skip(TOPIC, format!("{place}: what its plugin does with requests"));
         }
     }
 }
@@ -142,12 +145,11 @@ mod tests {
 
     const SHIPPED: &str = include_str!("../../deploy/traefik/keyward.yaml");
 
-    const GOOD: &str =
-        "ok t.yaml: asks Keyward for every router, and lets no header of a client pass for an answer";
+    const GOOD: &str = "ok t.yaml: every router asks Keyward, and no header of a client passes as its answer";
 
     fn found(text: &str) -> Vec<String> {
         let mut findings = DoctorReport::default();
-        examine("t.yaml", text, &mut findings);
+        check_configuration("t.yaml", text, &mut findings);
         findings.lines()
     }
 
@@ -166,7 +168,7 @@ mod tests {
     fn the_same_in_toml_and_as_resources_of_kubernetes_is_read() {
         let value: toml::Value = serde_saphyr::from_str(SHIPPED).unwrap();
         let mut findings = DoctorReport::default();
-        examine("t.toml", &toml::to_string(&value).unwrap(), &mut findings);
+        check_configuration("t.toml", &toml::to_string(&value).unwrap(), &mut findings);
         assert_eq!(findings.lines(), [GOOD.replace("t.yaml", "t.toml")]);
 
         let whole: serde_json::Value = serde_saphyr::from_str(SHIPPED).unwrap();
@@ -207,8 +209,8 @@ mod tests {
                     .replace(", ", "\n        "),
                 "warn keyward sends bodies",
             ),
-            (forward, &*with("maxResponseBodySize: 100"), "warn keyward takes answers of 100 bytes"),
-            (forward, &*with("tls: { insecureSkipVerify: true }"), "fail keyward takes any certificate"),
+            (forward, &*with("maxResponseBodySize: 100"), "warn keyward accepts answers of 100 bytes"),
+            (forward, &*with("tls: { insecureSkipVerify: true }"), "fail keyward accepts any certificate"),
             (
                 "http://127.0.0.1:50053/auth/traefik\n",
                 "http://keyward:50053/auth/traefik\n",
@@ -244,7 +246,7 @@ mod tests {
         };
         let behind = "middlewares: [keyward, keyward-clean, more]";
         for (kind, problem) in [
-            ("stripPrefix: { prefixes: [/v1] }", "warn router other has stripPrefix behind Keyward"),
+            ("stripPrefix: { prefixes: [/v1] }", "warn router other has stripPrefix after Keyward"),
             (
                 "headers: { customRequestHeaders: { X-Keyward-User: root } }",
                 "warn router other sets X-Keyward-User",
@@ -264,9 +266,9 @@ mod tests {
 
     #[test]
     fn a_file_that_asks_nobody_or_cannot_be_read_fails() {
-        assert!(found("http: { routers: {} }")[0].contains("asks nobody"));
-        assert!(found("http: [")[0].starts_with("fail t.yaml is no configuration of Traefik"));
+        assert!(found("http: { routers: {} }")[0].contains("does not ask Keyward"));
+        assert!(found("http: [")[0].starts_with("fail t.yaml is not a Traefik configuration"));
         let other = "http: { middlewares: { sso: { forwardAuth: { address: \"http://sso/check\" } } } }";
-        assert!(found(other)[0].contains("asks nobody"));
+        assert!(found(other)[0].contains("does not ask Keyward"));
     }
 }

@@ -202,7 +202,7 @@ fn a_bad_bootstrap_and_a_bad_configuration_are_told() {
     std::fs::write(&bad, text.replace("failure_mode_allow: false", "failure_mode_allow: true")).unwrap();
     let found = doctor(&home, &["--envoy", bad.to_str().unwrap()]);
     assert!(
-        found.code == Some(1) && found.has_finding("fail", "envoy", "opens every door"),
+        found.code == Some(1) && found.has_finding("fail", "envoy", "every request passes"),
         "{:?}",
         found.all
     );

@@ -1,13 +1,13 @@
-//! Flags and environment variables go before the file: they are put in place of its values before anything is judged, so
-//! that a value is judged once, wherever it comes from.
+//! Applies flags and environment variables on top of the file, before validation: each value is validated once, whatever
+//! its source.
 
 use std::{ops::Deref, path::PathBuf};
 
-use super::{RawServerSettings, ServeArgs, invalid_setting};
-use crate::config::{boolean, lifecycle::LifecycleArgs, problems::ProblemCollector};
+use super::flags::{LifecycleArgs, ServeArgs};
+use crate::config::{boolean, error::invalid_setting, problems::ProblemCollector, raw::RawServerSettings};
 
 impl RawServerSettings {
-    /// Puts flags and environment variables in place of what the file says.
+    /// Replaces values of the file by those of flags and environment variables.
     pub(super) fn overlay(&mut self, args: &ServeArgs, problems: &mut ProblemCollector<'_>) {
         overlay_value(&mut self.listen, "listen", args.listen.as_ref(), problems);
         overlay_value(&mut self.admin_listen, "admin_listen", args.admin_listen.as_ref(), problems);
@@ -33,13 +33,13 @@ impl RawServerSettings {
             problems,
         );
         overlay_value(&mut self.database, "database", database.database.as_ref(), problems);
-        overlay_value(self.limits.url_mut(), "limits.url", args.limits_url.as_ref(), problems);
+        overlay_value(&mut self.limits.url, "limits.url", args.limits_url.as_ref(), problems);
         let endpoint = args.telemetry.otlp_endpoint.as_ref();
-        overlay_value(self.telemetry.endpoint_mut(), "telemetry.otlp_endpoint", endpoint, problems);
+        overlay_value(&mut self.telemetry.otlp_endpoint, "telemetry.otlp_endpoint", endpoint, problems);
         if let Some(insecure) = overlay_boolean("insecure", args.insecure.as_deref(), problems) {
             self.insecure = Some(insecure);
         }
-        // The flag says the contrary of the key, and does not undo it.
+        // The flag negates the key; `--no-migrate=false` does not override the file.
         if overlay_boolean("migrate", no_migrate.as_deref(), problems) == Some(true) {
             self.migrate = Some(false);
         }

@@ -1,16 +1,17 @@
-//! Values of the file and the flags that other modules know how to parse: what keys look like, where they are kept, what
-//! is logged.
+//! Validates single settings of the server: keys, the database URL, threads and the log.
 
 use std::{num::NonZeroUsize, path::Path};
 
 use tracing_subscriber::EnvFilter;
 
-use super::{
-    DEFAULT_TOKEN_PREFIX, InvalidSetting, LogFormat, RawEnvironment, ServeArgs, invalid_redacted_setting,
-    invalid_setting,
-};
+use super::flags::{LogFormat, ServeArgs};
 use crate::{
-    config::{account_limits, problems::ProblemCollector, secret_url::SecretUrl},
+    config::{
+        error::{InvalidSetting, invalid_redacted_setting, invalid_setting},
+        problems::ProblemCollector,
+        raw::{DEFAULT_TOKEN_PREFIX, RawAccountLimits, RawEnvironment},
+        secret_url::SecretUrl,
+    },
     domain::{
         account::{Environment, EnvironmentSet},
         connection_url::SECRET_MASK,
@@ -20,10 +21,9 @@ use crate::{
     store::{self, OpenError},
 };
 
-/// More threads than this only take memory and file descriptors from connections.
+/// More threads would only take memory and file descriptors from connections.
 const MAX_THREADS: usize = 512;
 
-/// How many threads serve connections.
 pub(super) fn validate_threads(given: Option<NonZeroUsize>, problems: &mut ProblemCollector<'_>) -> usize {
     if let Some(threads) = given.filter(|threads| threads.get() > MAX_THREADS) {
         let problem = format!("must be 1 to {MAX_THREADS}; leave it out for one per core");
@@ -33,12 +33,12 @@ pub(super) fn validate_threads(given: Option<NonZeroUsize>, problems: &mut Probl
     threads.map_or(1, NonZeroUsize::get).min(MAX_THREADS)
 }
 
-/// What keys look like.
+/// Validates the settings of new keys. None = there is no valid token prefix to continue with.
 pub(super) fn validate_key_settings(
     prefix: Option<String>,
     environments: Option<Vec<RawEnvironment>>,
     default_role: Option<String>,
-    account_limits: account_limits::RawAccountLimits,
+    account_limits: RawAccountLimits,
     problems: &mut ProblemCollector<'_>,
 ) -> Option<KeySettings> {
     let text = prefix.as_deref().unwrap_or(DEFAULT_TOKEN_PREFIX);
@@ -73,7 +73,7 @@ fn validate_environments(
             read.extend(name.zip(tag).map(|(name, tag)| Environment { name, tag }));
         });
     }
-    // What names an environment is not judged by a list that lacks some.
+    // Names of environments are not checked against an incomplete list.
     if read.len() < count {
         problems.mark_invalid("environments");
         return None;
@@ -84,7 +84,7 @@ fn validate_environments(
     )
 }
 
-/// The database's URL, with the password from its file.
+/// Validates the database URL and adds the password from `database_password_file`.
 pub(super) fn resolve_database_url(
     database: SecretUrl,
     file: Option<&Path>,
@@ -104,7 +104,7 @@ pub(super) fn resolve_database_url(
 }
 
 fn add_password_from_file(database: &SecretUrl, file: &Path) -> Result<SecretUrl, InvalidSetting> {
-    // A password in place of the file that holds it is like any word; the path of a file has more than a name.
+    // A password given in place of its file must not be shown; only a value that looks like a path is.
     let shown = file.display().to_string();
     let shown = if shown.contains('/') || file.exists() { &shown } else { SECRET_MASK };
     let wrong = |problem: String| Err(invalid_setting("database_password_file", shown, problem));
@@ -112,7 +112,7 @@ fn add_password_from_file(database: &SecretUrl, file: &Path) -> Result<SecretUrl
         return wrong("has no effect: database is no postgres:// URL".to_owned());
     }
     if database.has_password() {
-        return wrong("is one password too many: take the other one out of the URL in database".to_owned());
+        return wrong("is one password too many: remove the other one from the URL in database".to_owned());
     }
     match std::fs::read_to_string(file) {
         Err(error) => {
@@ -125,14 +125,14 @@ fn add_password_from_file(database: &SecretUrl, file: &Path) -> Result<SecretUrl
     }
 }
 
-/// What is logged, and how.
+/// Validates `--log` and `--log-format`.
 pub(super) fn validate_log_settings(
     args: &ServeArgs,
     problems: &mut ProblemCollector<'_>,
 ) -> (String, LogFormat) {
     let filter = args.log.as_deref().unwrap_or("info");
     if EnvFilter::try_new(filter).is_err() {
-        let problem = "is no log filter: write off, error, warn, info, debug or trace, or a filter such as \
+        let problem = "is not a log filter: use off, error, warn, info, debug or trace, or a filter such as \
                        info,keyward=debug";
         problems.add_flag("--log", "KEYWARD_LOG", filter, problem);
     }

@@ -1,26 +1,26 @@
-//! The listeners in front of the services: whether paths and headers reach Keyward and the service alike, and whether
-//! anything goes around Keyward.
+//! Checks the listeners in front of the services: that Keyward and the service see the same paths and headers, and that no
+//! request bypasses Keyward.
 
 use serde_json::Value;
 
 use crate::domain::header_name::IDENTITY_HEADERS;
 
-use super::{
-    DoctorReport, EXT_AUTHZ_PER_ROUTE_TYPE, EXT_AUTHZ_TYPE, HTTP_CONNECTION_MANAGER_TYPE, TOPIC,
-    message::{JsonMessage as _, all_objects, messages_with_type},
+use super::message::{
+    EXT_AUTHZ_PER_ROUTE_TYPE, EXT_AUTHZ_TYPE, HTTP_CONNECTION_MANAGER_TYPE, JsonMessage as _, TOPIC,
+    all_objects, messages_with_type,
 };
+use crate::doctor::report::DoctorReport;
 
-/// Looks at every listener.
 pub(super) fn check_listeners(root: &Value, findings: &mut DoctorReport) {
     let listeners =
         root.field("static_resources").map_or(&[][..], |resources| resources.list_field("listeners"));
     for listener in listeners {
         for manager in messages_with_type(listener, HTTP_CONNECTION_MANAGER_TYPE) {
             if messages_with_type(manager, EXT_AUTHZ_TYPE).is_empty() {
-                let said = format!("listener {} does not ask Keyward", listener.text_field("name"));
+                let problem = format!("listener {} does not ask Keyward", listener.text_field("name"));
                 findings.warn(
                     TOPIC,
-                    said,
+                    problem,
                     "put ext_authz into its http_filters, unless nothing behind it needs a key",
                 );
             } else {
@@ -31,7 +31,7 @@ pub(super) fn check_listeners(root: &Value, findings: &mut DoctorReport) {
 }
 
 fn check_connection_manager(name: &str, manager: &Value, findings: &mut DoctorReport) {
-    let around = "otherwise routes and rules can be walked around, as by /public/../admin";
+    let around = "otherwise /public/../admin can bypass routes and rules";
     for setting in ["normalize_path", "merge_slashes"] {
         if !manager.is_true(setting) {
             findings.fail(
@@ -43,24 +43,24 @@ fn check_connection_manager(name: &str, manager: &Value, findings: &mut DoctorRe
     }
     let slashes = manager.text_field("path_with_escaped_slashes_action");
     if !["REJECT_REQUEST", "UNESCAPE_AND_REDIRECT"].contains(&slashes) {
-        let said = format!("listener {name}: path_with_escaped_slashes_action lets %2F through: {around}");
-        findings.fail(TOPIC, said, "path_with_escaped_slashes_action: REJECT_REQUEST");
+        let problem = format!("listener {name}: path_with_escaped_slashes_action lets %2F pass: {around}");
+        findings.fail(TOPIC, problem, "path_with_escaped_slashes_action: REJECT_REQUEST");
     }
     let common = manager.field("common_http_protocol_options").unwrap_or(&Value::Null);
     if !["REJECT_REQUEST", "DROP_HEADER"].contains(&common.text_field("headers_with_underscores_action")) {
-        let said = format!(
-            "listener {name}: headers_with_underscores_action lets X_Keyward_Account through, which many services take for X-Keyward-Account"
+        let problem = format!(
+            "listener {name}: headers_with_underscores_action lets X_Keyward_Account pass, which many services read as X-Keyward-Account"
         );
         let fix = "common_http_protocol_options: { headers_with_underscores_action: REJECT_REQUEST }";
-        findings.fail(TOPIC, said, fix);
+        findings.fail(TOPIC, problem, fix);
     }
     if !manager.is_true("use_remote_address") {
-        let said = format!(
-            "listener {name}: use_remote_address is off: a client can make up its address in x-forwarded-for"
+        let problem = format!(
+            "listener {name}: use_remote_address is off: a client can forge its address in x-forwarded-for"
         );
         findings.warn(
             TOPIC,
-            said,
+            problem,
             "use_remote_address: true at the edge; behind other proxies set gateway.trusted_hops",
         );
     }
@@ -68,20 +68,20 @@ fn check_connection_manager(name: &str, manager: &Value, findings: &mut DoctorRe
     check_disabled_routes(manager, findings);
 }
 
-/// A preflight has no key: it must be answered before Keyward is asked.
+/// Checks that `cors` comes first: a preflight has no key, so it must be answered before Keyward is asked.
 fn check_filter_order(name: &str, filters: &[Value], findings: &mut DoctorReport) {
     let at = |ending: &str| filters.iter().position(|filter| !messages_with_type(filter, ending).is_empty());
     if let (Some(cors), Some(authz)) = (at(".cors.v3.Cors"), at(EXT_AUTHZ_TYPE))
         && cors > authz
     {
-        let said = format!(
-            "listener {name}: cors comes after ext_authz: browsers' preflights, which have no key, are denied"
+        let problem = format!(
+            "listener {name}: cors comes after ext_authz: preflights of browsers, which have no key, are denied"
         );
-        findings.warn(TOPIC, said, "put envoy.filters.http.cors before ext_authz");
+        findings.warn(TOPIC, problem, "put envoy.filters.http.cors before ext_authz");
     }
 }
 
-/// Routes that Keyward is not asked about: whatever a client sends reaches their service.
+/// Checks routes without Keyward, whose service receives whatever a client sends.
 fn check_disabled_routes(manager: &Value, findings: &mut DoctorReport) {
     let routes = manager.field("route_config").unwrap_or(&Value::Null);
     for place in all_objects(routes) {
@@ -100,9 +100,9 @@ fn check_disabled_routes(manager: &Value, findings: &mut DoctorReport) {
             })
         };
         if off && !cleans(place) && !cleans(routes) {
-            let said = "a route is without Keyward (disabled: true), and x-keyward-… headers that a client makes up reach its service";
-            let fix = "check_settings: { context_extensions: { public: \"true\" } } instead: Keyward lets it pass and cleans its headers";
-            findings.fail(TOPIC, said, fix);
+            let problem = "a route is without Keyward (disabled: true), and forged x-keyward-… headers reach its service";
+            let fix = "check_settings: { context_extensions: { public: \"true\" } } instead: Keyward allows it and removes such headers";
+            findings.fail(TOPIC, problem, fix);
         }
     }
 }

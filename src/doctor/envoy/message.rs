@@ -1,22 +1,28 @@
-//! Reading a bootstrap: protobuf messages as YAML or JSON, whose fields may be written in two ways.
+//! Reads protobuf messages in YAML or JSON, whose field names may be in snake case or camel case.
 
 use std::time::Duration;
 
 use regex::bytes::{Regex, RegexBuilder};
 use serde_json::Value;
 
-/// How large a compiled pattern may be, in bytes.
+/// The topic of every finding about Envoy.
+pub(super) const TOPIC: &str = "envoy";
+/// Endings of message types, as of `@type`.
+pub(super) const EXT_AUTHZ_TYPE: &str = ".ext_authz.v3.ExtAuthz";
+pub(super) const EXT_AUTHZ_PER_ROUTE_TYPE: &str = ".ext_authz.v3.ExtAuthzPerRoute";
+pub(super) const HTTP_CONNECTION_MANAGER_TYPE: &str = ".http_connection_manager.v3.HttpConnectionManager";
+/// The maximum size of a compiled pattern in bytes.
 const MAX_REGEX_BYTES: usize = 1 << 20;
 
-/// A message.
+/// A message in the form of JSON.
 pub(super) trait JsonMessage {
-    /// A field by its proto name; JSON may say `failureModeAllow` for `failure_mode_allow`.
+    /// A field by its proto name; `failureModeAllow` is the same as `failure_mode_allow`.
     fn field(&self, name: &str) -> Option<&Value>;
     /// Whether a field is true.
     fn is_true(&self, name: &str) -> bool;
-    /// The members of a list; none where there is no list.
+    /// The members of a list; empty if there is no list.
     fn list_field(&self, name: &str) -> &[Value];
-    /// A field of text; empty where there is none.
+    /// A text field; empty if it is absent.
     fn text_field(&self, name: &str) -> &str;
 }
 
@@ -51,12 +57,12 @@ fn to_camel_case(name: &str) -> String {
     letters.collect()
 }
 
-/// Every message of this type, wherever it is.
+/// Every message whose type ends so, at any depth.
 pub(super) fn messages_with_type<'v>(root: &'v Value, ending: &str) -> Vec<&'v Value> {
     all_objects(root).into_iter().filter(|object| object.text_field("@type").ends_with(ending)).collect()
 }
 
-/// Every object at and below a value.
+/// Every object in a value, itself included.
 pub(super) fn all_objects(root: &Value) -> Vec<&Value> {
     let (mut found, mut left) = (Vec::new(), vec![root]);
     while let Some(value) = left.pop() {
@@ -78,14 +84,14 @@ pub(super) enum StringMatcher {
     Prefix(String),
     Suffix(String),
     Contains(String),
-    /// A whole name.
+    /// Must match the whole name.
     Regex(Regex),
-    /// A kind that is not told apart here; it is given the benefit of the doubt.
+    /// A kind that the doctor does not support; it may match any name.
     Unsupported,
 }
 
 impl StringMatcher {
-    /// Whether it matches a name in lower case.
+    /// Whether the matcher matches a lower-case name, or may match it.
     pub(super) fn may_match(&self, name: &str) -> bool {
         match self {
             StringMatcher::Exact(exact) => exact == name,
@@ -97,13 +103,13 @@ impl StringMatcher {
         }
     }
 
-    /// The same, with the doubt the other way round.
+    /// Whether the matcher certainly matches a lower-case name.
     pub(super) fn definitely_matches(&self, name: &str) -> bool {
         !matches!(self, StringMatcher::Unsupported) && self.may_match(name)
     }
 
-    /// Reads a StringMatcher. Envoy's names are in lower case, so what has other letters and does not ignore case
-    /// matches none.
+    /// Parses a `StringMatcher`. Envoy's header names are lower case, so a matcher with other letters that does not ignore
+    /// case matches none.
     fn from_json(matcher: &Value) -> StringMatcher {
         let text = |name: &str| match matcher.field(name) {
             Some(Value::String(text)) if matcher.is_true("ignore_case") => Some(text.to_ascii_lowercase()),
@@ -120,19 +126,19 @@ impl StringMatcher {
     }
 }
 
-/// An expression that has to match a whole name; `None` if it is not understood here.
+/// Compiles an expression that must match a whole name. None = it is not supported.
 pub(super) fn full_match_regex(regex: &str) -> Option<Regex> {
     let whole = format!("^(?:{regex})$");
-    // RE2's classes are of ASCII unless they say otherwise.
+    // The classes of RE2 are ASCII by default.
     RegexBuilder::new(&whole).unicode(false).size_limit(MAX_REGEX_BYTES).build().ok()
 }
 
-/// The patterns of a ListStringMatcher.
+/// Parses the patterns of a `ListStringMatcher`.
 pub(super) fn string_matchers(list: &Value) -> Vec<StringMatcher> {
     list.list_field("patterns").iter().map(StringMatcher::from_json).collect()
 }
 
-/// A duration as protobuf's JSON has it: `0.25s`.
+/// Parses a duration in the JSON form of protobuf: `0.25s`.
 pub(super) fn parse_proto_duration(text: &str) -> Option<Duration> {
     Duration::try_from_secs_f64(text.strip_suffix('s')?.parse().ok()?).ok()
 }

@@ -1,21 +1,20 @@
-//! What `nginx -T` writes: every file of a configuration, each after a line with its name. Includes are replaced by what
-//! they include, so that everything is where it holds.
+//! Parses the output of `nginx -T`: every file of a configuration, each after a line with its name. Includes are expanded, so
+//! that each directive is in the block where it applies.
 
-use super::{NginxDirective, syntax};
+use super::syntax::{self, NginxDirective};
 
-/// How a file begins in what `nginx -T` writes, up to a colon.
+/// Begins the line before each file, which ends with the name and a colon.
 const FILE_HEADER_PREFIX: &str = "# configuration file ";
 
-/// A file: its name and its directives.
 struct DumpedFile {
     name: String,
     directives: Vec<NginxDirective>,
 }
 
-/// Reads one file, or all that `nginx -T` wrote. Includes of files that are not there stay as they are.
+/// Parses one file or the output of `nginx -T`. Includes of missing files are kept.
 ///
 /// # Errors
-/// The line of the first mistake, and what it is.
+/// The line of the first mistake, with the problem.
 pub(super) fn parse_dump(text: &str) -> Result<Vec<NginxDirective>, String> {
     let mut parts: Vec<(Option<&str>, String, usize)> = vec![(None, String::new(), 1)];
     for (at, line) in text.lines().enumerate() {
@@ -44,7 +43,7 @@ pub(super) fn parse_dump(text: &str) -> Result<Vec<NginxDirective>, String> {
     Ok(expand_includes(&root.directives, &files, &mut vec![&*root.name]))
 }
 
-/// Directives with what they include. `children` are the files that it is in: none includes itself.
+/// Expands the includes of a block. `inside` are the files around it, which are not included again.
 fn expand_includes<'f>(
     block: &[NginxDirective],
     files: &'f [DumpedFile],
@@ -58,7 +57,7 @@ fn expand_includes<'f>(
                 .iter()
                 .filter(|file| matches_glob(&pattern, &file.name) && !inside.contains(&&*file.name))
                 .collect();
-            // A pattern may match no file; a file that is named must be there.
+            // A pattern may match no file, but a named file must exist.
             if found.is_empty() && !pattern.contains('*') {
                 all.push(directive.clone());
             }
@@ -75,7 +74,7 @@ fn expand_includes<'f>(
     all
 }
 
-/// A path as nginx takes it: relative to the folder of its first file.
+/// Resolves a path as nginx does: relative to the folder of its first file.
 fn resolve_include_path(path: &str, root: &str) -> String {
     match root.rsplit_once('/') {
         Some((folder, _)) if !path.starts_with('/') => format!("{folder}/{path}"),
@@ -83,7 +82,7 @@ fn resolve_include_path(path: &str, root: &str) -> String {
     }
 }
 
-/// Whether a pattern of `include` matches a name: `*` and `?` stand for all but `/`.
+/// Whether a pattern of `include` matches a name: `*` and `?` match anything but `/`.
 fn matches_glob(pattern: &str, name: &str) -> bool {
     let mut letters = name.char_indices();
     match pattern.chars().next() {

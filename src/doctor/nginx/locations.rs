@@ -1,44 +1,48 @@
-//! The locations of nginx: which of them ask Keyward, which headers they send to a service, and how the location that
-//! asks describes the request.
+//! Checks the locations of an nginx configuration: which ones ask Keyward, which headers they send to a service, and how the
+//! location that asks describes the request.
 
 use std::collections::BTreeMap;
 
 use crate::domain::header_name::{IDENTITY_HEADERS, OVERRIDE_HEADERS};
 
-use super::{DoctorReport, NginxDirective, TOPIC, variables::NginxVariables};
+use super::{
+    syntax::{NginxDirective, TOPIC, flatten},
+    variables::NginxVariables,
+};
+use crate::doctor::report::DoctorReport;
 
 /// The blocks that inherit from the one around them.
 const INHERITING_BLOCKS: [&str; 5] = ["http", "server", "location", "if", "limit_except"];
-/// Ways to pass a request on that send other parameters than headers.
+/// Directives that forward a request with parameters instead of headers.
 const NON_HTTP_PASSES: [&str; 3] = ["fastcgi_pass", "uwsgi_pass", "scgi_pass"];
 
-/// What holds at a level, its own directives and the inherited ones.
+/// The directives that apply in a block, its own and the inherited ones.
 #[derive(Clone, Default)]
 struct BlockContext<'c> {
-    /// What to call it in a finding.
+    /// The name of the block in findings.
     label: String,
-    /// The path of its location; empty = none.
+    /// The path of the location around it; empty = none.
     location_path: &'c str,
-    /// The path that `auth_request` asks; empty = none.
+    /// The target of `auth_request`; empty = none.
     auth_request: &'c str,
-    /// The headers that are set for what it passes on, by name in lower case.
+    /// The headers of `proxy_set_header`, by lower-case name.
     headers: BTreeMap<String, &'c str>,
-    /// The same of `grpc_set_header`.
+    /// The headers of `grpc_set_header`, by lower-case name.
     grpc_headers: BTreeMap<String, &'c str>,
-    /// Whether headers of the block around it were lost, because it sets some.
+    /// Whether it sets a header, and so inherits none.
     loses_inherited_headers: bool,
     proxy_cache: &'c str,
     satisfy: &'c str,
 }
 
 impl<'c> BlockContext<'c> {
-    /// The level of a block inside this one.
+    /// The context of a block inside this one.
     fn enter_block(&self, block: &'c [NginxDirective]) -> BlockContext<'c> {
         let last = |name: &str| {
             let found = block.iter().rev().find(|directive| directive.name == name);
             found.map(|directive| directive.argument(0)).map(|value| if value == "off" { "" } else { value })
         };
-        // One such directive, and nothing is inherited.
+        // One such directive disables inheritance.
         let headers = |name: &str, inherited: &BTreeMap<String, &'c str>| {
             let own = block.iter().filter(|directive| directive.name == name);
             let own: BTreeMap<_, _> = own
@@ -63,64 +67,63 @@ impl<'c> BlockContext<'c> {
     }
 }
 
-/// What the whole configuration says.
+/// What the checks of a location need to know about the index configuration.
 struct LocationIndex<'c> {
     variables: NginxVariables<'c>,
-    /// The paths of the locations that ask Keyward; another's answer says nothing of its headers.
+    /// The paths of the locations that ask Keyward.
     keyward_paths: Vec<&'c str>,
-    /// The paths of all locations that are no patterns.
+    /// The paths of all locations without a pattern.
     literal_paths: Vec<&'c str>,
-    /// Whether a location may be missing here: files are not read, or a pattern leads to Keyward.
+    /// Whether locations may be missing: a file was not read, or a pattern leads to Keyward.
     is_incomplete: bool,
 }
 
-/// Looks at every location.
 pub(super) fn check_locations(root: &[NginxDirective], findings: &mut DoctorReport) {
-    let all = super::flatten(root);
+    let all = flatten(root);
     let locations: Vec<&NginxDirective> =
         all.iter().copied().filter(|directive| directive.name == "location").collect();
     let asks_keyward = |location: &NginxDirective| {
         let mut passes = location.children().iter().filter(|inside| inside.name == "proxy_pass");
         passes.any(|pass| pass.argument(0).contains("/auth/nginx"))
     };
-    let (mut keyward, mut exact) = (Vec::new(), Vec::new());
-    let mut open = all.iter().any(|directive| directive.name == "include");
+    let (mut keyward_paths, mut literal_paths) = (Vec::new(), Vec::new());
+    let mut is_incomplete = all.iter().any(|directive| directive.name == "include");
     for location in locations {
         let path = location.arguments.last().map_or("", String::as_str);
         let is_pattern = location.argument(0).starts_with('~');
         if asks_keyward(location) {
-            keyward.push(path);
-            open |= is_pattern;
+            keyward_paths.push(path);
+            is_incomplete |= is_pattern;
         }
         if !is_pattern {
-            exact.push(path);
+            literal_paths.push(path);
         }
     }
-    let whole = LocationIndex {
+    let index = LocationIndex {
         variables: NginxVariables::from_directives(&all),
-        keyward_paths: keyward,
-        literal_paths: exact,
-        is_incomplete: open,
+        keyward_paths,
+        literal_paths,
+        is_incomplete,
     };
-    check_block(root, &BlockContext::default(), &whole, findings);
+    check_block(root, &BlockContext::default(), &index, findings);
 }
 
 fn check_block<'c>(
     block: &'c [NginxDirective],
-    around: &BlockContext<'c>,
-    whole: &LocationIndex<'_>,
+    outer: &BlockContext<'c>,
+    index: &LocationIndex<'_>,
     findings: &mut DoctorReport,
 ) {
-    let level = around.enter_block(block);
+    let level = outer.enter_block(block);
     for directive in block {
         match directive.name.as_str() {
             "proxy_pass" if directive.argument(0).contains("/auth/nginx") => {
                 check_auth_location(block, &level, findings)
             }
             "proxy_pass" => {
-                check_proxy_pass(directive, &level, &level.headers, whole, findings);
+                check_proxy_pass(directive, &level, &level.headers, index, findings);
             }
-            "grpc_pass" => check_proxy_pass(directive, &level, &level.grpc_headers, whole, findings),
+            "grpc_pass" => check_proxy_pass(directive, &level, &level.grpc_headers, index, findings),
             "rewrite" => check_rewrite(directive, &level, findings),
             name if NON_HTTP_PASSES.contains(&name) => check_non_http_pass(name, &level, findings),
             name if runs_unchecked_code(name) => {
@@ -136,20 +139,20 @@ fn check_block<'c>(
                 if name == "location" {
                     level.location_path = directive.arguments.last().map_or("", String::as_str);
                 }
-                check_block(directive.children(), &level, whole, findings);
+                check_block(directive.children(), &level, index, findings);
             }
             _ => {}
         }
     }
 }
 
-/// Whether a directive runs what is not read here, or takes a request to another place.
+/// Whether a directive runs code that is not checked, or sends the request elsewhere.
 fn runs_unchecked_code(name: &str) -> bool {
     let harmless = ["init_", "exit_", "log_", "ssl_"].iter().any(|start| name.starts_with(start));
     name.contains("_by_lua") && !harmless || ["js_content", "perl", "try_files", "mirror"].contains(&name)
 }
 
-/// A place that passes requests on by another protocol.
+/// Checks a location that forwards requests by FastCGI, uwsgi or SCGI.
 fn check_non_http_pass(name: &str, level: &BlockContext<'_>, findings: &mut DoctorReport) {
     let place = &level.label;
     if level.auth_request.is_empty() {
@@ -160,7 +163,7 @@ fn check_non_http_pass(name: &str, level: &BlockContext<'_>, findings: &mut Doct
     }
 }
 
-/// A change of the path after Keyward has judged it. A redirect to the client is none.
+/// Checks for a change of the path after Keyward has checked it. A redirect of the client does not count.
 fn check_rewrite(directive: &NginxDirective, level: &BlockContext<'_>, findings: &mut DoctorReport) {
     let target = directive.argument(1);
     let redirects = ["redirect", "permanent"].contains(&directive.argument(2))
@@ -170,11 +173,11 @@ fn check_rewrite(directive: &NginxDirective, level: &BlockContext<'_>, findings:
     }
     let place = &level.label;
     let problem =
-        format!("{place} has a rewrite to {target}: the service gets another path than Keyward judged");
-    findings.warn(TOPIC, problem, "let the service do it, or send clients there: rewrite … redirect;");
+        format!("{place} has a rewrite to {target}: the service gets another path than Keyward checked");
+    findings.warn(TOPIC, problem, "let the service do it, or redirect clients: rewrite … redirect;");
 }
 
-/// The names that would pass as the client sends them, or with a value that is not right.
+/// The headers that pass as the client sends them, or whose value `right` rejects.
 fn unprotected_headers<'n>(
     headers: &BTreeMap<String, &str>,
     names: &[&'n str],
@@ -184,15 +187,15 @@ fn unprotected_headers<'n>(
     names.iter().filter(|name| !is_right(name)).copied().collect()
 }
 
-/// A place that sends requests to a service.
+/// Checks a location that sends requests to a service.
 fn check_proxy_pass(
     pass: &NginxDirective,
     level: &BlockContext<'_>,
     headers: &BTreeMap<String, &str>,
-    whole: &LocationIndex<'_>,
+    index: &LocationIndex<'_>,
     findings: &mut DoctorReport,
 ) {
-    let (place, variables) = (&level.label, &whole.variables);
+    let (place, variables) = (&level.label, &index.variables);
     let is_answer =
         |name: &str, value: &str| value.is_empty() || variables.is_auth_response_header(value, name);
     let identity = unprotected_headers(headers, &IDENTITY_HEADERS, is_answer);
@@ -200,12 +203,12 @@ fn check_proxy_pass(
         report_missing_auth_request(place, &identity, findings);
         return;
     }
-    // nginx asks nobody about the request to the location that answers.
+    // nginx does not check the subrequest to the location that answers.
     if level.auth_request == level.location_path {
         return;
     }
-    if !whole.keyward_paths.contains(&level.auth_request) {
-        report_other_auth_target(level, whole, findings);
+    if !index.keyward_paths.contains(&level.auth_request) {
+        report_other_auth_target(level, index, findings);
         return;
     }
     let directive = if pass.name == "grpc_pass" { "grpc_set_header" } else { "proxy_set_header" };
@@ -213,10 +216,9 @@ fn check_proxy_pass(
         report_identity_headers(level, directive, &identity, headers, findings);
     }
     if level.satisfy == "any" {
-        let problem = format!(
-            "{place} has satisfy any: Keyward is not asked about what an address or a password lets pass"
-        );
-        findings.fail(TOPIC, problem, "satisfy all; and a location of its own for what passes without a key");
+        let problem =
+            format!("{place} has satisfy any: Keyward is not asked if an address or a password is accepted");
+        findings.fail(TOPIC, problem, "satisfy all; and a separate location for requests without a key");
     }
     check_other_headers(place, directive, headers, variables, findings);
     if pass.name == "proxy_pass" {
@@ -225,7 +227,7 @@ fn check_proxy_pass(
 }
 
 fn report_missing_auth_request(place: &str, identity: &[&str], findings: &mut DoctorReport) {
-    let fix = "set $keyward_needs \"public=true\"; instead of auth_request off: Keyward then looks at path and headers";
+    let fix = "set $keyward_needs \"public=true\"; instead of auth_request off: Keyward then checks path and headers";
     if identity.is_empty() {
         let problem = format!("{place} does not ask Keyward: every request reaches its service");
         findings.warn(TOPIC, problem, fix);
@@ -236,26 +238,26 @@ fn report_missing_auth_request(place: &str, identity: &[&str], findings: &mut Do
     }
 }
 
-/// A place whose `auth_request` leads to no location that asks Keyward.
+/// Reports an `auth_request` that leads to no location that asks Keyward.
 fn report_other_auth_target(
     level: &BlockContext<'_>,
-    whole: &LocationIndex<'_>,
+    index: &LocationIndex<'_>,
     findings: &mut DoctorReport,
 ) {
     let (place, asks) = (&level.label, level.auth_request);
-    if whole.literal_paths.contains(&asks) {
+    if index.literal_paths.contains(&asks) {
         findings.skip(TOPIC, format!("{place}: {asks} asks another server than Keyward"));
-    } else if whole.is_incomplete {
+    } else if index.is_incomplete {
         findings.skip(TOPIC, format!("{place}: which location {asks} leads to"));
     } else {
         let problem =
-            format!("{place} asks {asks}, and there is no location of that path: another one answers");
+            format!("{place} asks {asks}, but there is no location of that path: another one answers");
         let fix = format!("location = {asks} {{ … }} as in deploy/nginx/keyward.conf");
         findings.fail(TOPIC, problem, fix);
     }
 }
 
-/// Headers that say who calls, and are not what Keyward answers.
+/// Reports identity headers whose value is not Keyward's answer.
 fn report_identity_headers(
     level: &BlockContext<'_>,
     directive: &str,
@@ -277,7 +279,7 @@ fn report_identity_headers(
     if missing.is_empty() {
         return;
     }
-    let problem = format!("{place} sends {} as a client makes them up", missing.join(", "));
+    let problem = format!("{place} forwards {} as a client forges them", missing.join(", "));
     let fix = if level.loses_inherited_headers {
         format!("repeat every {directive} here: a location with any {directive} inherits none")
     } else {
@@ -287,7 +289,7 @@ fn report_identity_headers(
     findings.fail(TOPIC, problem, fix);
 }
 
-/// Headers that say something else than who calls.
+/// Checks the headers that are no identity headers: overrides, credentials, Host and Upgrade.
 fn check_other_headers(
     place: &str,
     directive: &str,
@@ -298,7 +300,7 @@ fn check_other_headers(
     let overrides = unprotected_headers(headers, &OVERRIDE_HEADERS, |_, value| variables.is_trusted(value));
     if !overrides.is_empty() {
         let names = overrides.join(", ");
-        let problem = format!("{place} sends {names}: a service that obeys them can be led around rules");
+        let problem = format!("{place} sends {names}: they can lead a service around the rules");
         findings.warn(TOPIC, problem, format!("{directive} NAME \"\"; for each of them"));
     }
     let shows = |value: &str| variables.resolve_sources(value).iter().any(|name| name.starts_with("http_"));
@@ -309,13 +311,13 @@ fn check_other_headers(
         findings.warn(TOPIC, problem, fix);
     }
     if headers.get("host").is_some_and(|host| variables.is_client_controlled(host)) {
-        let problem = format!("{place} sends Host as the client wrote it: Keyward judged the host in $host");
+        let problem = format!("{place} sends Host as the client wrote it: Keyward checked the host in $host");
         findings.warn(TOPIC, problem, format!("{directive} Host $host;"));
     }
     check_upgrade(place, directive, headers, variables, findings);
 }
 
-/// Whether a client chooses which protocol a connection changes to.
+/// Checks that a client cannot choose the protocol of an upgrade.
 fn check_upgrade(
     place: &str,
     directive: &str,
@@ -325,9 +327,8 @@ fn check_upgrade(
 ) {
     let upgrade = headers.get("upgrade").copied().unwrap_or_default();
     if variables.is_client_controlled(upgrade) {
-        let problem = format!(
-            "{place} lets clients choose what to upgrade to: h2c is a tunnel for requests that nobody judges"
-        );
+        let problem =
+            format!("{place} lets clients choose what to upgrade to: h2c is a tunnel for unchecked requests");
         let fix = format!("{directive} Upgrade $keyward_upgrade; with its map of deploy/nginx/keyward.conf");
         findings.fail(TOPIC, problem, fix);
     } else if !variables.is_trusted(upgrade) {
@@ -335,7 +336,7 @@ fn check_upgrade(
     }
 }
 
-/// Whether the service gets the path that Keyward judged. A target of `proxy_pass` without a path hands it on.
+/// Checks that the service gets the path that Keyward checked, which needs a `proxy_pass` without a path.
 fn check_target_path(target: &str, place: &str, variables: &NginxVariables<'_>, findings: &mut DoctorReport) {
     let (_, rest) = target.split_once("://").unwrap_or(("", target));
     let server = rest.strip_suffix("$request_uri").unwrap_or(rest);
@@ -344,7 +345,7 @@ fn check_target_path(target: &str, place: &str, variables: &NginxVariables<'_>, 
     }
     if server.contains('/') || variables.is_client_controlled(server) {
         let problem = format!(
-            "{place} has a proxy_pass with a path: the service gets another path than Keyward judged"
+            "{place} has a proxy_pass with a path: the service gets another path than Keyward checked"
         );
         findings.warn(TOPIC, problem, "proxy_pass without a path, not even /");
     } else if server.contains('$') {
@@ -352,7 +353,7 @@ fn check_target_path(target: &str, place: &str, variables: &NginxVariables<'_>, 
     }
 }
 
-/// The place that asks Keyward.
+/// Checks the location that asks Keyward.
 fn check_auth_location(block: &[NginxDirective], level: &BlockContext<'_>, findings: &mut DoctorReport) {
     let place = &level.label;
     for (name, right) in [
@@ -363,15 +364,15 @@ fn check_auth_location(block: &[NginxDirective], level: &BlockContext<'_>, findi
         let problem = match level.headers.get(&name.to_ascii_lowercase()).copied() {
             Some(value) if value.replace(['{', '}'], "") == right => continue,
             Some(value) => format!(
-                "{place} sets {name} to {value}: Keyward judges another request than the service gets"
+                "{place} sets {name} to {value}: Keyward checks another request than the service gets"
             ),
-            None => format!("{place} does not set {name}: a client can, and so chooses what Keyward judges"),
+            None => format!("{place} does not set {name}: a client can, and so chooses what Keyward checks"),
         };
         findings.fail(TOPIC, problem, format!("proxy_set_header {name} {right};"));
     }
     let forwarded = level.headers.get("x-forwarded-for").copied().unwrap_or_default();
     if !["$proxy_add_x_forwarded_for", "$remote_addr"].contains(&forwarded) {
-        let problem = format!("{place} does not set X-Forwarded-For: a client can make up its address");
+        let problem = format!("{place} does not set X-Forwarded-For: a client can forge its address");
         findings.warn(TOPIC, problem, "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;");
     }
     let says = |name: &str, value: &str| {
@@ -385,11 +386,11 @@ fn check_auth_location(block: &[NginxDirective], level: &BlockContext<'_>, findi
         );
     }
     if !says("proxy_pass_request_body", "off") {
-        let problem = format!("{place} sends bodies to Keyward, which does not look at them");
+        let problem = format!("{place} sends bodies to Keyward, which ignores them");
         findings.warn(TOPIC, problem, "proxy_pass_request_body off; proxy_set_header Content-Length \"\";");
     }
     if !level.proxy_cache.is_empty() {
-        let problem = format!("{place} caches answers: what is revoked passes until they are old");
+        let problem = format!("{place} caches answers: revoked keys pass until the answers expire");
         findings.fail(TOPIC, problem, "proxy_cache off;");
     }
 }

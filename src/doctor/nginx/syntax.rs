@@ -1,38 +1,50 @@
-//! Reads nginx's configuration: directives, their arguments and blocks, as nginx splits them into words. What a
-//! directive means is not known here; the content of a Lua block is skipped.
+//! Parses nginx's configuration into directives, arguments and blocks, with the same rules for words as nginx.
+//!
+//! The meaning of directives is not known here. The content of a Lua block is skipped.
 
-/// A directive.
+/// The topic of every finding about nginx.
+pub(in crate::doctor) const TOPIC: &str = "nginx";
+
+/// A directive with its arguments and its block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct NginxDirective {
-    /// Its name: `proxy_pass`.
+    /// The name, such as `proxy_pass`.
     pub(super) name: String,
-    /// Its arguments, without quotes.
+    /// The arguments without quotes and escapes.
     pub(super) arguments: Vec<String>,
-    /// The directives in its braces. `None` = it ends with a semicolon.
+    /// The directives in its braces; None = it ends with a semicolon.
     pub(super) block: Option<Vec<NginxDirective>>,
-    /// The line of its name, from 1.
+    /// The line of its name, counted from 1.
     pub(super) line: usize,
 }
 
 impl NginxDirective {
-    /// An argument, from 0; empty if there are fewer.
+    /// The argument at an index; empty if there are fewer.
     pub(super) fn argument(&self, at: usize) -> &str {
         self.arguments.get(at).map_or("", String::as_str)
     }
 
-    /// The directives in its braces, if it has any.
+    /// The directives in its braces; empty without braces.
     pub(super) fn children(&self) -> &[NginxDirective] {
         self.block.as_deref().unwrap_or_default()
     }
 }
 
-/// How deep blocks may nest: nginx itself nests about five.
+/// Every directive of a block, at any depth.
+pub(super) fn flatten(block: &[NginxDirective]) -> Vec<&NginxDirective> {
+    block
+        .iter()
+        .flat_map(|directive| std::iter::once(directive).chain(flatten(directive.children())))
+        .collect()
+}
+
+/// The maximum nesting of blocks; real configurations nest about five.
 const MAX_NESTING_DEPTH: usize = 32;
 
-/// Reads a whole file, whose first line has this number.
+/// Parses a whole file, whose first line has the number `line`.
 ///
 /// # Errors
-/// The line of the first mistake, and what it is.
+/// The line of the first mistake, with the problem.
 pub(super) fn parse_directives(text: &str, line: usize) -> Result<Vec<NginxDirective>, String> {
     let mut reader = NginxParser { rest: text, line };
     reader.parse_block(0)
@@ -56,7 +68,7 @@ impl NginxParser<'_> {
         Err(format!("line {}: {problem}", self.line))
     }
 
-    /// The directives up to the end of their block.
+    /// Parses the directives up to the end of their block.
     fn parse_block(&mut self, depth: usize) -> Result<Vec<NginxDirective>, String> {
         if depth > MAX_NESTING_DEPTH {
             return self.fail("blocks nest too deeply");
@@ -130,7 +142,7 @@ impl NginxParser<'_> {
         token
     }
 
-    /// A word in quotes, after the first of them.
+    /// Parses a quoted word, after its first quote.
     fn parse_quoted_word(&mut self, quote: char) -> Result<String, String> {
         let mut word = String::new();
         loop {
@@ -147,7 +159,7 @@ impl NginxParser<'_> {
         }
     }
 
-    /// A word without quotes. `${name}` is a part of it; another `{` ends it.
+    /// Parses an unquoted word. `${name}` is a part of it; any other `{` ends it.
     fn parse_bare_word(&mut self) -> String {
         let (mut word, mut variable) = (String::new(), false);
         while let Some(letter) = self.peek_char() {
@@ -161,7 +173,7 @@ impl NginxParser<'_> {
         word
     }
 
-    /// What follows a backslash.
+    /// Parses the character after a backslash.
     fn parse_escape(&mut self, word: &mut String) {
         match self.next_char() {
             Some(letter @ ('"' | '\'' | '\\')) => word.push(letter),
@@ -173,7 +185,7 @@ impl NginxParser<'_> {
         }
     }
 
-    /// Skips a block in Lua, up to the brace that ends it: not one in a string or a comment.
+    /// Skips a Lua block up to its closing brace, ignoring braces in strings and comments.
     fn skip_block(&mut self) -> Result<(), String> {
         let mut depth = 1;
         while depth > 0 {
@@ -199,7 +211,7 @@ impl NginxParser<'_> {
         Ok(())
     }
 
-    /// Skips a string in Lua, after its first quote.
+    /// Skips a Lua string, after its first quote.
     fn skip_lua_string(&mut self, quote: char) -> Result<(), String> {
         loop {
             match self.next_char() {
@@ -211,7 +223,7 @@ impl NginxParser<'_> {
         }
     }
 
-    /// Skips `[[…]]` or `[==[…]==]`, after the first bracket. Whether it is one.
+    /// Skips `[[…]]` or `[==[…]==]`, after the first bracket. Returns false if it is neither.
     fn skip_long_bracket(&mut self) -> Result<bool, String> {
         let level = self.rest.bytes().take_while(|byte| *byte == b'=').count();
         if self.rest.as_bytes().get(level) != Some(&b'[') {
@@ -238,7 +250,7 @@ mod tests {
         NginxDirective { name: name.to_owned(), arguments, block: None, line: 0 }
     }
 
-    /// The same without lines.
+    /// Directives without their line numbers.
     fn bare(all: Vec<NginxDirective>) -> Vec<NginxDirective> {
         all.into_iter().map(|one| NginxDirective { line: 0, block: one.block.map(bare), ..one }).collect()
     }
@@ -321,7 +333,7 @@ mod tests {
         proptest::collection::vec(one, 0..4)
     }
 
-    /// A file that says this, every argument in quotes.
+    /// Formats directives as a file, with every argument in quotes.
     fn written(all: &[NginxDirective]) -> String {
         let quote = |word: &String| format!(" \"{}\"", word.replace('\\', "\\\\").replace('"', "\\\""));
         let one = |directive: &NginxDirective| {

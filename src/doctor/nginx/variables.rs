@@ -1,12 +1,12 @@
-//! Where the values of nginx's variables come from: from Keyward's answer, from what the client sent, or from elsewhere.
+//! Traces where the values of nginx's variables come from: Keyward's answer, the client's request, or elsewhere.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::NginxDirective;
+use super::syntax::NginxDirective;
 
-/// How deep variables are followed: nginx's own may refer to themselves.
+/// The maximum depth of references between variables, which may refer to themselves.
 const MAX_RESOLUTION_DEPTH: usize = 8;
-/// Variables that are what Keyward judged, or the proxy's own.
+/// Variables with values that Keyward has checked, or that the proxy sets itself.
 const TRUSTED_VARIABLES: [&str; 8] = [
     "host",
     "request_uri",
@@ -18,23 +18,23 @@ const TRUSTED_VARIABLES: [&str; 8] = [
     "request_id",
 ];
 
-/// One way in which a variable gets a value.
+/// The source of a variable's value.
 enum VariableSource<'c> {
-    /// From a header of the answer to `auth_request`: `x_keyward_user`.
+    /// A header of the answer to `auth_request`, such as `x_keyward_user`.
     AuthResponseHeader(&'c str),
-    /// From a text that may have variables (`set`).
+    /// A text that may contain variables (`set`).
     Text(&'c str),
-    /// From one of these values, chosen by a text (`map`).
+    /// One of several values, chosen by a text (`map`).
     Map { by: &'c str, values: Vec<&'c str> },
-    /// From what is not read here: a script, a part of a path.
+    /// A script or a part of the path.
     Unknown,
 }
 
-/// Every assignment of a configuration, wherever it is.
+/// All assignments of a configuration, by lower-case variable.
 pub(super) struct NginxVariables<'c>(BTreeMap<String, Vec<VariableSource<'c>>>);
 
 impl<'c> NginxVariables<'c> {
-    /// Of every directive at any depth.
+    /// Collects the assignments of all directives.
     pub(super) fn from_directives(all: &[&'c NginxDirective]) -> NginxVariables<'c> {
         let mut variables = NginxVariables(BTreeMap::new());
         for directive in all {
@@ -82,7 +82,7 @@ impl<'c> NginxVariables<'c> {
         self.0.entry(name).or_default().push(source);
     }
 
-    /// Whether a value is what Keyward answers in a header, and nothing else: `x-keyward-user`.
+    /// Whether a value is exactly the header of Keyward's answer, such as `x-keyward-user`.
     pub(super) fn is_auth_response_header(&self, value: &str, header: &str) -> bool {
         let names = referenced_variables(value);
         let [name] = names.as_slice() else { return false };
@@ -98,7 +98,7 @@ impl<'c> NginxVariables<'c> {
         })
     }
 
-    /// The variables that a value comes from in the end. Nothing, where Keyward's list of what is to be removed decides.
+    /// The variables that a value finally comes from; none if Keyward's list of headers to remove decides.
     pub(super) fn resolve_sources(&self, value: &str) -> BTreeSet<String> {
         let mut leaves = BTreeSet::new();
         self.collect_sources(value, 0, &mut leaves);
@@ -128,18 +128,18 @@ impl<'c> NginxVariables<'c> {
         }
     }
 
-    /// Whether a client chooses any part of a value, as far as is known.
+    /// Whether a client certainly controls a part of a value.
     pub(super) fn is_client_controlled(&self, value: &str) -> bool {
         self.resolve_sources(value).iter().any(|name| is_client_variable(name))
     }
 
-    /// Whether all of a value is known, and no client chooses any part of it.
+    /// Whether every part of a value is known and no client controls one.
     pub(super) fn is_trusted(&self, value: &str) -> bool {
         self.resolve_sources(value).iter().all(|name| TRUSTED_VARIABLES.contains(&name.as_str()))
     }
 }
 
-/// Whether a variable of nginx's own is a part of what the client sent.
+/// Whether a built-in variable of nginx holds a part of the client's request.
 fn is_client_variable(name: &str) -> bool {
     let starts = ["http_", "arg_", "cookie_", "sent_http_"];
     let whole = ["args", "query_string", "uri", "document_uri", "request", "request_body", "remote_user"];
@@ -148,7 +148,7 @@ fn is_client_variable(name: &str) -> bool {
         || name.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// The variables of a value, without `$` and braces.
+/// The names of the variables in a value, without `$` and braces.
 fn referenced_variables(value: &str) -> Vec<&str> {
     let parts = value.split('$').skip(1);
     let name = |part: &'_ str| {
@@ -165,7 +165,7 @@ fn referenced_variables(value: &str) -> Vec<&str> {
     names.filter(|name| !name.is_empty()).collect()
 }
 
-/// The names of the groups of a regular expression: `(?<name>…)`, `(?P<name>…)`, `(?'name'…)`.
+/// The names of the capture groups in a regular expression: `(?<name>…)`, `(?P<name>…)`, `(?'name'…)`.
 fn capture_group_names(text: &str) -> Vec<&str> {
     let groups = text.split("(?").skip(1);
     let named = groups.filter_map(|group| {
@@ -190,8 +190,8 @@ mod tests {
 
     #[test]
     fn only_what_auth_request_set_takes_from_the_right_header_is_an_answer() {
-        let root = super::super::syntax::parse_directives(TEXT, 1).unwrap();
-        let all = super::super::flatten(&root);
+        let root = crate::doctor::nginx::syntax::parse_directives(TEXT, 1).unwrap();
+        let all = crate::doctor::nginx::syntax::flatten(&root);
         let variables = NginxVariables::from_directives(&all);
         for right in ["$user", "${user}", "$USER"] {
             assert!(variables.is_auth_response_header(right, "x-keyward-user"), "{right}");
@@ -215,8 +215,8 @@ mod tests {
 
     #[test]
     fn what_a_client_chooses_is_found_behind_other_variables() {
-        let root = super::super::syntax::parse_directives(TEXT, 1).unwrap();
-        let all = super::super::flatten(&root);
+        let root = crate::doctor::nginx::syntax::parse_directives(TEXT, 1).unwrap();
+        let all = crate::doctor::nginx::syntax::flatten(&root);
         let variables = NginxVariables::from_directives(&all);
         for chosen in ["$evil", "a${http_x}", "$arg_user", "$copy", "$free", "$1", "/x$uri"] {
             assert!(variables.is_client_controlled(chosen) && !variables.is_trusted(chosen), "{chosen}");

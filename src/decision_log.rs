@@ -5,13 +5,13 @@
 //! hands a record over and goes on: what waits is bounded, and what finds no room is lost and counted. Here: which
 //! are written down, and what of them. `write`: where to. `narrowing`: which changes take something away.
 
+mod queue;
 mod record;
 mod restrictions;
+mod settings;
 mod writer;
 
 use std::{
-    net::IpAddr,
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -24,103 +24,22 @@ use uuid::Uuid;
 
 use crate::{
     clock::{Clock, EntropySource, random_bytes},
-    domain::{name::CustomerId, name::EnvironmentName, policy_decision::Reason, scope::Scope},
-    engine::{CheckOutcome, index::Index},
+    domain::policy_decision::Reason,
+    engine::index::Index,
     log_throttle::LogThrottle,
     store::group_commit::ChangeListener,
     trace::{RandomIds, sampling_threshold},
 };
 
+use queue::{DecisionLogState, QUEUE_CAPACITY, WriterMessage};
 use record::DecisionRecord;
-use writer::{WriterMessage, WriterThread};
-
-/// How many records may wait, about 1 KB each.
-const QUEUE_CAPACITY: usize = 4096;
-
-/// Where records go.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DecisionLogTarget {
-    /// To the log, as target `keyward::decision`.
-    Log,
-    /// To this file, as JSON, one a line.
-    File(PathBuf),
-}
-
-/// Which decisions are written down, and where.
-#[derive(Clone, Debug, PartialEq)]
-pub struct DecisionLogSettings {
-    /// The share of denials, 0 to 1.
-    pub denial_ratio: f64,
-    /// How many denials in one second at the most.
-    pub denials_per_second: u32,
-    /// The share of allowed requests, 0 to 1.
-    pub allowed_ratio: f64,
-    /// Whether changes that take something away are.
-    pub log_restricting_changes: bool,
-    /// Where records go.
-    pub target: DecisionLogTarget,
-}
-
-/// Who asked for the decision.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DecisionSource {
-    /// A service, by Check.
-    Check,
-    /// Envoy, over gRPC.
-    ExtAuthz,
-    /// A proxy, over HTTP.
-    ForwardAuth,
-}
-
-impl DecisionSource {
-    const fn as_str(self) -> &'static str {
-        match self {
-            DecisionSource::Check => "check",
-            DecisionSource::ExtAuthz => "ext_authz",
-            DecisionSource::ForwardAuth => "forward_auth",
-        }
-    }
-}
-
-/// What is known of a decision.
-#[derive(Clone, Debug)]
-pub struct DecisionInput<'a> {
-    /// Who asked.
-    pub source: DecisionSource,
-    /// Whether the request may pass.
-    pub allowed: bool,
-    /// Why; one word of a closed set.
-    pub reason: &'static str,
-    /// What the engine said, where it was asked.
-    pub check_outcome: Option<&'a CheckOutcome>,
-    /// Where the call is made.
-    pub environment: Option<&'a EnvironmentName>,
-    /// The scopes that are needed.
-    pub required_scopes: &'a [Scope],
-    /// Whom the call is about.
-    pub customer: Option<&'a CustomerId>,
-    /// The end client's address.
-    pub client_ip: Option<IpAddr>,
-    /// The proxy's number for the request.
-    pub proxy_request_id: Option<&'a str>,
-    /// Whether a denial stops the request, or is only told.
-    pub is_shadow: bool,
-}
+pub use record::{DecisionInput, DecisionSource};
+pub use settings::{DecisionLogSettings, DecisionLogTarget};
+use writer::WriterThread;
 
 /// The way to the decision log; clones lead to the same one.
 #[derive(Clone, Default)]
 pub struct DecisionLog(Option<Arc<DecisionLogState>>);
-
-struct DecisionLogState {
-    records: mpsc::Sender<WriterMessage>,
-    dropped: AtomicU64,
-    denial_threshold: u64,
-    allowed_threshold: u64,
-    denial_throttle: LogThrottle,
-    log_restricting_changes: bool,
-    ids: RandomIds,
-    clock: Arc<dyn Clock>,
-}
 
 impl std::fmt::Debug for DecisionLog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -207,20 +126,6 @@ impl DecisionLog {
     #[must_use]
     pub fn dropped(&self) -> u64 {
         self.0.as_ref().map_or(0, |log| log.dropped.load(Ordering::Relaxed))
-    }
-}
-
-impl DecisionLogState {
-    fn enqueue(&self, record: DecisionRecord) -> bool {
-        let taken = self.records.try_send(WriterMessage::Record(Box::new(record))).is_ok();
-        if !taken {
-            self.add_dropped(1);
-        }
-        taken
-    }
-
-    fn add_dropped(&self, records: u64) {
-        self.dropped.fetch_add(records, Ordering::Relaxed);
     }
 }
 

@@ -6,5 +6,6 @@ pub mod archive;
 pub mod head_publisher;
 mod key_comparison;
 pub mod maintenance_entry;
+mod revision_set;
 mod table_comparison;
 pub mod verify;

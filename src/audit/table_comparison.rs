@@ -17,7 +17,7 @@ use crate::{
     store::{BulkReader, Store, StoreError, StoredKey},
 };
 
-use super::key_comparison::{RevisionSet, entry_key_id};
+use super::revision_set::RevisionSet;
 
 /// How many differences are told.
 const MAX_MISMATCHES: usize = 100;
@@ -317,4 +317,11 @@ fn record_name(change: &RecordChange) -> String {
             format!("member {} of account {}", member.user, member.account)
         }
     }
+}
+
+/// The key that an entry is about, where its column and its payload agree on it.
+pub(super) fn entry_key_id(row: &LogEntry) -> Option<KeyId> {
+    let id = row.key_id?;
+    let record = row.payload.strip_prefix(r#"{"key":{"id":""#)?;
+    record.starts_with(&id.to_string()).then_some(id)
 }

@@ -22,7 +22,7 @@ use crate::{
     store::{ReadSet, WriteRequest},
 };
 
-use super::{Caller, CallerIdentity};
+use super::identity::{Caller, CallerIdentity};
 
 /// How often a change is authorized again after records that it rests on have moved.
 pub const MAX_AUTHORIZATION_ATTEMPTS: u32 = 16;

@@ -1,5 +1,7 @@
 //! One line of the decision log. What is not known, or empty, is left out.
 
+use std::net::IpAddr;
+
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -7,13 +9,59 @@ use crate::{
     domain::{
         key_attributes::KeyAttributes as _,
         log::{LogEntry, RecordChange},
+        name::{CustomerId, EnvironmentName},
         scope::Scope,
         time::Timestamp,
     },
+    engine::CheckOutcome,
     trace,
 };
 
-use super::DecisionInput;
+/// Who asked for the decision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecisionSource {
+    /// A service, by Check.
+    Check,
+    /// Envoy, over gRPC.
+    ExtAuthz,
+    /// A proxy, over HTTP.
+    ForwardAuth,
+}
+
+impl DecisionSource {
+    const fn as_str(self) -> &'static str {
+        match self {
+            DecisionSource::Check => "check",
+            DecisionSource::ExtAuthz => "ext_authz",
+            DecisionSource::ForwardAuth => "forward_auth",
+        }
+    }
+}
+
+/// What is known of a decision.
+#[derive(Clone, Debug)]
+pub struct DecisionInput<'a> {
+    /// Who asked.
+    pub source: DecisionSource,
+    /// Whether the request may pass.
+    pub allowed: bool,
+    /// Why; one word of a closed set.
+    pub reason: &'static str,
+    /// What the engine said, where it was asked.
+    pub check_outcome: Option<&'a CheckOutcome>,
+    /// Where the call is made.
+    pub environment: Option<&'a EnvironmentName>,
+    /// The scopes that are needed.
+    pub required_scopes: &'a [Scope],
+    /// Whom the call is about.
+    pub customer: Option<&'a CustomerId>,
+    /// The end client's address.
+    pub client_ip: Option<IpAddr>,
+    /// The proxy's number for the request.
+    pub proxy_request_id: Option<&'a str>,
+    /// Whether a denial stops the request, or is only told.
+    pub is_shadow: bool,
+}
 
 /// A line. The fields are a promise: see docs/telemetry.md.
 #[derive(Debug, Default, Serialize)]

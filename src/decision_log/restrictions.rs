@@ -15,7 +15,7 @@ use crate::{
     store::{WriteRequest, group_commit::ChangeListener},
 };
 
-use super::{DecisionLogState, record::DecisionRecord};
+use super::{queue::DecisionLogState, record::DecisionRecord};
 
 /// Follows in front of another.
 pub(super) struct RestrictionListener {

@@ -11,16 +11,16 @@ use std::{
 use anyhow::Context as _;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{DecisionLogState, DecisionLogTarget, record::DecisionRecord};
 use crate::private_file;
+
+use super::{
+    queue::{DecisionLogState, WriterMessage},
+    record::DecisionRecord,
+    settings::DecisionLogTarget,
+};
 
 /// How many records are written before the file is looked at again.
 const MAX_BATCH_SIZE: usize = 256;
-
-pub(super) enum WriterMessage {
-    Record(Box<DecisionRecord>),
-    Stop,
-}
 
 /// The thread that writes.
 pub(super) struct WriterThread(oneshot::Receiver<()>);

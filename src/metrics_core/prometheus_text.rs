@@ -2,7 +2,7 @@
 
 use std::fmt::{Display, Write as _};
 
-use super::HistogramSnapshot;
+use super::histogram::HistogramSnapshot;
 
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

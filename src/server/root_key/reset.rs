@@ -10,7 +10,6 @@ use std::{
 
 use anyhow::bail;
 
-use super::{PendingTokenFile, RootKeyFile};
 use crate::{
     clock::{Clock, EntropySource},
     config::server::{RootKeyArgs, ServerSettings},
@@ -27,6 +26,8 @@ use crate::{
     server::replicas::ReplicationRuntime,
     store::{self, KeyFilter, LogFilter, OwnerFilter, Store, WriteRejection, WriteRequest},
 };
+
+use super::token_file::RootKeyFile;
 
 const METHOD: &str = "keyward root-key reset";
 const PAGE_SIZE: u32 = 1000;
@@ -136,7 +137,7 @@ impl RootKeyResetter<'_> {
         }
         if let Some(file) = &settings.root_key_file {
             // A file that cannot be created must show before anything is revoked.
-            RootKeyFile(Some(PendingTokenFile::create(file)?)).discard();
+            RootKeyFile::check_creatable(file)?;
         }
         self.revoke_root_keys(None).await?;
         let revoked = args.revoke_descendants;

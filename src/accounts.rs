@@ -54,7 +54,7 @@ fn into_account(outcome: WriteOutcome) -> Result<Account, ServiceError> {
 impl AccountOperations {
     /// The use cases over a store and its writer.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         store: Arc<dyn Store>,
         writer: CommitHandle,
         engine: Arc<Engine>,
@@ -68,7 +68,7 @@ impl AccountOperations {
     ///
     /// # Errors
     /// When the caller is no operator, or the id is taken.
-    pub async fn create(
+    pub(crate) async fn create(
         &self,
         caller: &Caller,
         id: Option<AccountId>,
@@ -104,7 +104,7 @@ impl AccountOperations {
     ///
     /// # Errors
     /// When it does not exist for the caller.
-    pub async fn get(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
+    pub(crate) async fn get(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
         let seen = caller.is_operator() || *id == caller.account;
         let found = if seen { self.store.get_account(id).await? } else { None };
         caller.authorize(&self.engine)?.check_account_visible(id)?;
@@ -115,7 +115,7 @@ impl AccountOperations {
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn list(
+    pub(crate) async fn list(
         &self,
         caller: &Caller,
         after: Option<&AccountId>,
@@ -195,7 +195,7 @@ impl AccountOperations {
     ///
     /// # Errors
     /// When the caller is no operator, or there is no such account.
-    pub async fn update(
+    pub(crate) async fn update(
         &self,
         caller: &Caller,
         id: &AccountId,
@@ -219,7 +219,7 @@ impl AccountOperations {
     ///
     /// # Errors
     /// When the caller is no operator, there is no such account, or it is the operator account.
-    pub async fn suspend(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
+    pub(crate) async fn suspend(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
         caller.require_operator()?;
         if id.is_operator() {
             let message = "the operator account cannot be suspended: nobody could resume it";
@@ -237,7 +237,7 @@ impl AccountOperations {
     ///
     /// # Errors
     /// When the caller is no operator, or there is no such account.
-    pub async fn resume(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
+    pub(crate) async fn resume(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
         let resumed = self
             .apply_edit(caller, id, AuditAction::AccountResumed, |account, _| {
                 account.suspended_at.take().is_some()
@@ -268,7 +268,7 @@ fn build_account(id: AccountId, name: Option<DisplayName>, now: Timestamp) -> Re
 
 /// What records the operator account, at the first start.
 #[must_use]
-pub fn build_operator_account(now: Timestamp) -> Option<WriteRequest> {
+pub(crate) fn build_operator_account(now: Timestamp) -> Option<WriteRequest> {
     let account =
         build_account(AccountId::operator(), DisplayName::parse("Keyward operators").ok(), now).ok()?;
     let change = RecordChange::Account(Arc::new(account));

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Serves the pages until `stopping` turns true.
-pub async fn serve(
+pub(crate) async fn serve(
     listener: TcpListener,
     memory: Arc<MemoryBudget>,
     sources: MetricsSources,
@@ -24,7 +24,7 @@ pub async fn serve(
 }
 
 /// Serves the pages of a server that waits for its database, until this is dropped or `stopping` turns true.
-pub async fn serve_not_ready(
+pub(crate) async fn serve_not_ready(
     listener: TcpListener,
     memory: Arc<MemoryBudget>,
     stopping: watch::Receiver<bool>,

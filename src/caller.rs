@@ -6,5 +6,6 @@
 mod authorization;
 mod identity;
 
-pub use authorization::{Authorization, MAX_AUTHORIZATION_ATTEMPTS};
-pub use identity::{Caller, CallerIdentity, Permission};
+pub(crate) use authorization::{Authorization, MAX_AUTHORIZATION_ATTEMPTS};
+pub use identity::Permission;
+pub(crate) use identity::{Caller, CallerIdentity};

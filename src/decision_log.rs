@@ -88,7 +88,7 @@ impl DecisionLog {
     }
 
     /// The same of what the engine was not asked about.
-    pub fn record_if_sampled<'a>(
+    pub(crate) fn record_if_sampled<'a>(
         &self,
         allowed: bool,
         facts: impl FnOnce() -> DecisionInput<'a>,
@@ -109,7 +109,7 @@ impl DecisionLog {
 
     /// What follows this process's commits, writing down what they take away before `follower` hears of them.
     #[must_use]
-    pub fn wrap_listener(
+    pub(crate) fn wrap_listener(
         &self,
         follower: Arc<dyn ChangeListener>,
         index: Arc<Index>,
@@ -124,7 +124,7 @@ impl DecisionLog {
 
     /// How many records were not written down for want of room, or since they could not be.
     #[must_use]
-    pub fn dropped(&self) -> u64 {
+    pub(crate) fn dropped(&self) -> u64 {
         self.0.as_ref().map_or(0, |log| log.dropped.load(Ordering::Relaxed))
     }
 }

@@ -10,7 +10,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Gives what `read` finds to `take` whenever it differs from what was last known, and was the same at two looks. When
 /// `asked` changes it is given at once, whether it differs or not. `read` may block; `path` is what the log names.
-pub async fn watch_file<T, E>(
+pub(crate) async fn watch_file<T, E>(
     path: &Path,
     known: T,
     read: impl Fn() -> Result<T, E> + Clone + Send + 'static,

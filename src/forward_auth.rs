@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// Serves proxies until `stopping` turns true.
-pub async fn serve(
+pub(crate) async fn serve(
     listener: TcpListener,
     memory: Arc<MemoryBudget>,
     gateway: Arc<Gateway>,

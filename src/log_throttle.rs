@@ -6,7 +6,7 @@ use crate::domain::time::Timestamp;
 
 /// Lets so many through in each second, minute or hour, and no more.
 #[derive(Debug)]
-pub struct LogThrottle {
+pub(crate) struct LogThrottle {
     limit: u32,
     /// In seconds.
     period_seconds: i64,
@@ -16,25 +16,25 @@ pub struct LogThrottle {
 impl LogThrottle {
     /// At most so many a second.
     #[must_use]
-    pub fn per_second(most: u32) -> LogThrottle {
+    pub(crate) fn per_second(most: u32) -> LogThrottle {
         LogThrottle { limit: most, period_seconds: 1, current_window: Mutex::default() }
     }
 
     /// One a minute.
     #[must_use]
-    pub fn once_per_minute() -> LogThrottle {
+    pub(crate) fn once_per_minute() -> LogThrottle {
         LogThrottle { limit: 1, period_seconds: 60, current_window: Mutex::default() }
     }
 
     /// One an hour.
     #[must_use]
-    pub fn once_per_hour() -> LogThrottle {
+    pub(crate) fn once_per_hour() -> LogThrottle {
         LogThrottle { limit: 1, period_seconds: 3600, current_window: Mutex::default() }
     }
 
     /// Whether this one is let through.
     #[must_use]
-    pub fn allow(&self, now: Timestamp) -> bool {
+    pub(crate) fn allow(&self, now: Timestamp) -> bool {
         let this = now.as_micros().div_euclid(1_000_000 * self.period_seconds);
         let mut current = self.current_window.lock().unwrap_or_else(PoisonError::into_inner);
         if current.0 != this {

@@ -36,12 +36,12 @@ fn scope_change_effect(after: &ScopeSet, before: &ScopeSet) -> ChangeEffect {
 
 /// What ending a membership came to.
 #[derive(Clone, Copy, Debug)]
-pub struct MembershipEnd {
+pub(crate) struct MembershipEnd {
     /// The revision by which it has ended, and by which the user's keys are revoked where it was the last one.
-    pub revision: Revision,
+    pub(crate) revision: Revision,
     /// Whether this call ended anything. If not, an earlier one may have, whose outcome was unknown: its revision is waited
     /// for too.
-    pub was_member: bool,
+    pub(crate) was_member: bool,
 }
 
 /// The use cases of roles and members.
@@ -62,7 +62,7 @@ impl std::fmt::Debug for MembershipOperations {
 impl MembershipOperations {
     /// The use cases over a store, its writer and the engine that follows it.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         store: Arc<dyn Store>,
         writer: CommitHandle,
         engine: Arc<Engine>,
@@ -192,7 +192,7 @@ impl MembershipOperations {
     ///
     /// # Errors
     /// When the caller could not grant its scopes, old or new, or the account does not exist for it.
-    pub async fn put_role(
+    pub(crate) async fn put_role(
         &self,
         caller: &Caller,
         account: Option<AccountId>,
@@ -230,7 +230,7 @@ impl MembershipOperations {
     ///
     /// # Errors
     /// When there is none, it is in use, or the caller could not grant its scopes.
-    pub async fn delete_role(
+    pub(crate) async fn delete_role(
         &self,
         caller: &Caller,
         account: Option<AccountId>,
@@ -257,7 +257,7 @@ impl MembershipOperations {
     ///
     /// # Errors
     /// When the account does not exist for the caller, or the store fails.
-    pub async fn list_roles(
+    pub(crate) async fn list_roles(
         &self,
         caller: &Caller,
         account: Option<AccountId>,
@@ -276,7 +276,7 @@ impl MembershipOperations {
     ///
     /// # Errors
     /// When there is no such role, or the caller could not grant what the old or the new one grants.
-    pub async fn put_member(
+    pub(crate) async fn put_member(
         &self,
         caller: &Caller,
         account: AccountId,
@@ -313,7 +313,7 @@ impl MembershipOperations {
     /// # Errors
     /// When the change is not recorded, or some of it may be. A call that was cut short between ending the last membership
     /// and revoking the keys is finished by the same call again.
-    pub async fn remove_member(
+    pub(crate) async fn remove_member(
         &self,
         caller: &Caller,
         account: AccountId,
@@ -369,7 +369,7 @@ impl MembershipOperations {
     ///
     /// # Errors
     /// When the account does not exist for the caller, or the store fails.
-    pub async fn list_members(
+    pub(crate) async fn list_members(
         &self,
         caller: &Caller,
         account: &AccountId,

@@ -30,29 +30,29 @@ use crate::{
 };
 
 /// What the page tells of. Who counts something new adds it here, and a function below that tells it.
-pub struct MetricsSources {
+pub(crate) struct MetricsSources {
     /// Answers Checks.
-    pub engine: Arc<Engine>,
+    pub(crate) engine: Arc<Engine>,
     /// Judges requests.
-    pub gateway: Arc<Gateway>,
+    pub(crate) gateway: Arc<Gateway>,
     /// The gRPC calls.
-    pub calls: Arc<RpcMetrics>,
+    pub(crate) calls: Arc<RpcMetrics>,
     /// What was committed.
-    pub commits: Arc<CommitMetrics>,
+    pub(crate) commits: Arc<CommitMetrics>,
     /// The waits for changes to be in force everywhere.
-    pub waits: Arc<PropagationMetrics>,
+    pub(crate) waits: Arc<PropagationMetrics>,
     /// Writes decisions down.
-    pub decisions: DecisionLog,
+    pub(crate) decisions: DecisionLog,
     /// Whether Checks are answered.
-    pub ready: watch::Receiver<bool>,
+    pub(crate) ready: watch::Receiver<bool>,
     /// The replica that this is, where there are others.
-    pub replica: Option<Arc<ReplicaStatus>>,
+    pub(crate) replica: Option<Arc<ReplicaStatus>>,
     /// Tells the time.
-    pub clock: Arc<dyn Clock>,
+    pub(crate) clock: Arc<dyn Clock>,
     /// Counts connections.
-    pub transport: ListenerMetrics,
+    pub(crate) transport: ListenerMetrics,
     /// What requests hold.
-    pub memory: Arc<MemoryBudget>,
+    pub(crate) memory: Arc<MemoryBudget>,
 }
 
 impl std::fmt::Debug for MetricsSources {
@@ -63,7 +63,7 @@ impl std::fmt::Debug for MetricsSources {
 
 /// The page.
 #[must_use]
-pub fn render_metrics(sources: &MetricsSources) -> String {
+pub(crate) fn render_metrics(sources: &MetricsSources) -> String {
     let mut text = MetricsText::default();
     let engine = &sources.engine;
     write_checks(&mut text, engine);

@@ -10,7 +10,8 @@ mod histogram;
 mod per_thread;
 mod prometheus_text;
 
-pub use counters::ShardedCounters;
-pub use histogram::{HistogramSnapshot, ShardedHistograms};
-pub use per_thread::PerThread;
-pub use prometheus_text::{MetricKind, MetricsText};
+pub(crate) use counters::ShardedCounters;
+pub use histogram::HistogramSnapshot;
+pub(crate) use histogram::ShardedHistograms;
+pub(crate) use per_thread::PerThread;
+pub(crate) use prometheus_text::{MetricKind, MetricsText};

@@ -24,7 +24,7 @@ const FILE_MODE: u32 = 0o600;
 ///
 /// # Errors
 /// When there is a file or a symbolic link already, or the system refuses.
-pub fn create_new(path: &Path) -> io::Result<File> {
+pub(crate) fn create_new(path: &Path) -> io::Result<File> {
     create_with(path, OpenOptions::new().write(true))
 }
 
@@ -32,7 +32,7 @@ pub fn create_new(path: &Path) -> io::Result<File> {
 ///
 /// # Errors
 /// When it is a symbolic link, or the system refuses.
-pub fn open_or_create(path: &Path) -> io::Result<File> {
+pub(crate) fn open_or_create(path: &Path) -> io::Result<File> {
     open_or_create_with(path, OpenOptions::new().read(true).write(true))
 }
 
@@ -40,7 +40,7 @@ pub fn open_or_create(path: &Path) -> io::Result<File> {
 ///
 /// # Errors
 /// When it is a symbolic link, or the system refuses.
-pub fn append_or_create(path: &Path) -> io::Result<File> {
+pub(crate) fn append_or_create(path: &Path) -> io::Result<File> {
     open_or_create_with(path, OpenOptions::new().append(true))
 }
 
@@ -48,7 +48,7 @@ pub fn append_or_create(path: &Path) -> io::Result<File> {
 ///
 /// # Errors
 /// When it is missing or a symbolic link, or the system refuses.
-pub fn open_existing(path: &Path) -> io::Result<File> {
+pub(crate) fn open_existing(path: &Path) -> io::Result<File> {
     open_no_follow(path, OpenOptions::new().read(true).write(true))
 }
 
@@ -57,7 +57,7 @@ pub fn open_existing(path: &Path) -> io::Result<File> {
 ///
 /// # Errors
 /// When the system refuses.
-pub fn create_missing_target(path: &Path) -> io::Result<()> {
+pub(crate) fn create_missing_target(path: &Path) -> io::Result<()> {
     match create_new(path) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
             OpenOptions::new().append(true).create(true).mode(FILE_MODE).open(path).map(drop)
@@ -70,7 +70,7 @@ pub fn create_missing_target(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// When the system refuses; the file then has its old content.
-pub fn replace_content(path: &Path, content: &[u8]) -> io::Result<()> {
+pub(crate) fn replace_content(path: &Path, content: &[u8]) -> io::Result<()> {
     let new = append_suffix(path, ".new");
     // A process that was killed may have left one.
     match fs::remove_file(&new) {
@@ -84,7 +84,7 @@ pub fn replace_content(path: &Path, content: &[u8]) -> io::Result<()> {
 ///
 /// # Errors
 /// When there is one already, or the system refuses.
-pub fn create_dir(path: &Path) -> io::Result<()> {
+pub(crate) fn create_dir(path: &Path) -> io::Result<()> {
     DirBuilder::new().mode(0o700).create(path)
 }
 
@@ -92,7 +92,7 @@ pub fn create_dir(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// When the system reports a fault: they may not be there.
-pub fn sync_to_disk(file: &File, path: &Path) -> io::Result<()> {
+pub(crate) fn sync_to_disk(file: &File, path: &Path) -> io::Result<()> {
     file.sync_all()?;
     match File::open(parent_dir(path)) {
         // A folder that may be written and not read cannot be waited for.
@@ -103,13 +103,13 @@ pub fn sync_to_disk(file: &File, path: &Path) -> io::Result<()> {
 
 /// The folder of a file.
 #[must_use]
-pub fn parent_dir(path: &Path) -> &Path {
+pub(crate) fn parent_dir(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// The path with something added to its end.
 #[must_use]
-pub fn append_suffix(path: &Path, suffix: &str) -> PathBuf {
+pub(crate) fn append_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(suffix);
     PathBuf::from(name)

@@ -10,8 +10,8 @@
 //! row are given up, decisions are written down · the store is closed. With the usual delay all that ends within 10 s,
 //! whatever hangs.
 
-pub mod database_startup;
-pub mod maintenance;
+pub(crate) mod database_startup;
+pub(crate) mod maintenance;
 pub mod replicas;
 mod root_key;
 mod rules_file;
@@ -28,7 +28,7 @@ use tokio::{
 use tonic_health::server::HealthReporter;
 
 use replicas::ReplicationRuntime;
-pub use root_key::{DescendantKey, RightsChange, RootKeyReset, reset_root_key};
+pub(crate) use root_key::{DescendantKey, RightsChange, RootKeyReset, reset_root_key};
 use rules_file::RulesFile;
 use sockets::{BoundSockets, ListenAddresses, OpenListeners};
 
@@ -299,7 +299,7 @@ impl Server {
     }
 
     /// Waits until the server gives up by itself: its index cannot be loaded.
-    pub async fn wait_for_failure(&self) {
+    pub(crate) async fn wait_for_failure(&self) {
         let mut stopping = self.running.stopping.subscribe();
         // The sender lives as long as `self`.
         let _ = stopping.wait_for(|stop| *stop).await;
@@ -389,9 +389,9 @@ impl Server {
 #[derive(Debug)]
 pub struct CommitTask {
     /// The task. It ends when nobody can ask it any more.
-    pub task: JoinHandle<()>,
+    pub(crate) task: JoinHandle<()>,
     /// What it has committed.
-    pub commits: Arc<CommitMetrics>,
+    pub(crate) commits: Arc<CommitMetrics>,
 }
 
 /// The use cases over one store and one index, and the task that writes for them. Nothing is loaded yet.

@@ -13,16 +13,16 @@ use crate::{
 
 /// One field that is wrong, and what would be right.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InvalidField {
+pub(crate) struct InvalidField {
     /// The field's path in the request.
-    pub field: String,
+    pub(crate) field: String,
     /// The rule that it breaks.
-    pub problem: String,
+    pub(crate) problem: String,
 }
 
 /// A thing that is looked for by id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ResourceKind {
+pub(crate) enum ResourceKind {
     /// A key.
     Key,
     /// An account.
@@ -37,7 +37,7 @@ pub enum ResourceKind {
 
 /// Why a call was not done.
 #[derive(Debug)]
-pub enum ServiceError {
+pub(crate) enum ServiceError {
     /// The request breaks rules: all of them.
     Invalid(Vec<InvalidField>),
     /// There is no such thing, or none that the caller may know of.
@@ -102,7 +102,7 @@ pub enum ServiceError {
 impl ServiceError {
     /// The role of the person that the caller acts for lacks a permission.
     #[must_use]
-    pub fn role_lacks_permission(permission: &str) -> ServiceError {
+    pub(crate) fn role_lacks_permission(permission: &str) -> ServiceError {
         let message =
             format!("the acting user has no role in the account that holds {permission}, which this needs");
         ServiceError::Forbidden("ROLE_LACKS_PERMISSION", message)
@@ -110,7 +110,7 @@ impl ServiceError {
 
     /// One wrong field.
     #[must_use]
-    pub fn invalid_field(field: impl Into<String>, problem: impl Into<String>) -> ServiceError {
+    pub(crate) fn invalid_field(field: impl Into<String>, problem: impl Into<String>) -> ServiceError {
         ServiceError::Invalid(vec![InvalidField { field: field.into(), problem: problem.into() }])
     }
 }
@@ -119,7 +119,7 @@ impl ServiceError {
 ///
 /// # Errors
 /// When it is unknown whether a change is recorded.
-pub fn require_known_outcomes<'r>(
+pub(crate) fn require_known_outcomes<'r>(
     outcomes: impl ExactSizeIterator<Item = Option<&'r ServiceError>>,
 ) -> Result<(), ServiceError> {
     let changes = outcomes.len();
@@ -204,28 +204,32 @@ impl From<WriteError> for ServiceError {
 
 /// Collects every violation of a request, so that they are answered together.
 #[derive(Debug, Default)]
-pub struct InvalidFields(Vec<InvalidField>);
+pub(crate) struct InvalidFields(Vec<InvalidField>);
 
 impl InvalidFields {
     /// Notes a violation.
-    pub fn add(&mut self, field: impl Into<String>, problem: impl Into<String>) {
+    pub(crate) fn add(&mut self, field: impl Into<String>, problem: impl Into<String>) {
         self.0.push(InvalidField { field: field.into(), problem: problem.into() });
     }
 
     /// Notes a violation when `wrong`. Only then is anything written: a good request pays for no text.
-    pub fn add_if(&mut self, wrong: bool, field: impl Display, problem: impl Display) {
+    pub(crate) fn add_if(&mut self, wrong: bool, field: impl Display, problem: impl Display) {
         if wrong {
             self.add(field.to_string(), problem.to_string());
         }
     }
 
     /// The value, or a violation noted.
-    pub fn ok_or_add<T, E: Display>(&mut self, field: impl Display, result: Result<T, E>) -> Option<T> {
+    pub(crate) fn ok_or_add<T, E: Display>(
+        &mut self,
+        field: impl Display,
+        result: Result<T, E>,
+    ) -> Option<T> {
         result.map_err(|error| self.add(field.to_string(), error.to_string())).ok()
     }
 
     /// Each value of a list; a violation names its place.
-    pub fn parse_list<'a, T, E: Display>(
+    pub(crate) fn parse_list<'a, T, E: Display>(
         &mut self,
         field: impl Display,
         list: &'a [impl AsRef<str>],
@@ -241,9 +245,8 @@ impl InvalidFields {
             .collect()
     }
 
-    /// Whether nothing is wrong so far.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
@@ -251,7 +254,7 @@ impl InvalidFields {
     ///
     /// # Errors
     /// When anything was noted.
-    pub fn into_result(self) -> Result<(), ServiceError> {
+    pub(crate) fn into_result(self) -> Result<(), ServiceError> {
         if self.0.is_empty() { Ok(()) } else { Err(ServiceError::Invalid(self.0)) }
     }
 }

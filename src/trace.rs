@@ -21,13 +21,15 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use crate::domain::time::Timestamp;
 
-pub use request_id::{RandomId, RandomIds, RequestId, sampling_threshold};
-pub use trace_context::{RemoteTraceContext, TraceId};
+pub use request_id::RequestId;
+pub(crate) use request_id::{RandomId, RandomIds, sampling_threshold};
+pub use trace_context::RemoteTraceContext;
+pub(crate) use trace_context::TraceId;
 
 /// The target of spans that are recorded. No log line has it.
-pub const SPAN_TARGET: &str = "keyward::trace";
+pub(crate) const SPAN_TARGET: &str = "keyward::trace";
 /// The name under which a call's own span is made; others are recorded only within one.
-pub const CALL_SPAN_NAME: &str = "call";
+pub(crate) const CALL_SPAN_NAME: &str = "call";
 
 tokio::task_local! {
     static CURRENT: TracedCall;
@@ -48,11 +50,11 @@ pub struct TracedCall {
 
 /// Whose call it is, once that is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CallerLabels {
+pub(crate) struct CallerLabels {
     /// The id of its key, or what else it showed.
-    pub key_id: String,
+    pub(crate) key_id: String,
     /// The account that it acts in.
-    pub account: String,
+    pub(crate) account: String,
 }
 
 impl TracedCall {
@@ -76,30 +78,30 @@ impl TracedCall {
 
     /// Its request id.
     #[must_use]
-    pub fn request_id(&self) -> RequestId {
+    pub(crate) fn request_id(&self) -> RequestId {
         self.request_id.borrow().clone()
     }
 
     /// The trace that it is part of, if it is known to be part of one.
     #[must_use]
-    pub fn trace_id(&self) -> Option<TraceId> {
+    pub(crate) fn trace_id(&self) -> Option<TraceId> {
         self.trace_id.get()
     }
 
     /// Who is connected.
     #[must_use]
-    pub fn peer(&self) -> Option<IpAddr> {
+    pub(crate) fn peer(&self) -> Option<IpAddr> {
         self.peer
     }
 
     /// Whose call it is, if that is known.
     #[must_use]
-    pub fn caller(&self) -> Option<CallerLabels> {
+    pub(crate) fn caller(&self) -> Option<CallerLabels> {
         self.caller.borrow().clone()
     }
 
     /// Notes whose call it is.
-    pub fn set_caller(&self, caller: CallerLabels) {
+    pub(crate) fn set_caller(&self, caller: CallerLabels) {
         if self.recorded.get() {
             Span::current().record("keyward.caller", &caller.key_id);
         }
@@ -108,14 +110,14 @@ impl TracedCall {
 
     /// Whether it is to be recorded, by what is known of it so far: by its caller's word or else by chance.
     #[must_use]
-    pub fn should_record(&self) -> bool {
+    pub(crate) fn should_record(&self) -> bool {
         let told = || self.remote_context.borrow().as_ref().map(|parent| parent.is_sampled);
         self.sampled.is_some_and(|drawn| told().unwrap_or(drawn))
     }
 
     /// Whether it is recorded.
     #[must_use]
-    pub fn is_recorded(&self) -> bool {
+    pub(crate) fn is_recorded(&self) -> bool {
         self.recorded.get()
     }
 }
@@ -155,17 +157,17 @@ pub async fn scope<F: Future>(call: TracedCall, answer: F) -> F::Output {
 }
 
 /// The same of what does not wait.
-pub fn sync_scope<T>(call: TracedCall, answer: impl FnOnce() -> T) -> T {
+pub(crate) fn sync_scope<T>(call: TracedCall, answer: impl FnOnce() -> T) -> T {
     CURRENT.sync_scope(call, answer)
 }
 
 /// The call that this task answers.
-pub fn with_current<T>(look: impl FnOnce(&TracedCall) -> T) -> Option<T> {
+pub(crate) fn with_current<T>(look: impl FnOnce(&TracedCall) -> T) -> Option<T> {
     CURRENT.try_with(look).ok()
 }
 
 /// Goes on with this task's call in another task.
-pub fn propagate<F: Future>(future: F) -> impl Future<Output = F::Output> {
+pub(crate) fn propagate<F: Future>(future: F) -> impl Future<Output = F::Output> {
     let (call, span) = (with_current(TracedCall::clone), recorded_span().unwrap_or_else(Span::none));
     let future = future.instrument(span);
     async move {
@@ -178,7 +180,7 @@ pub fn propagate<F: Future>(future: F) -> impl Future<Output = F::Output> {
 
 /// The call's request is about another one, which has a name and a trace too: what the call itself was not told, it
 /// takes from there.
-pub fn adopt_ids(request_id: Option<RequestId>, parent: impl FnOnce() -> Option<RemoteTraceContext>) {
+pub(crate) fn adopt_ids(request_id: Option<RequestId>, parent: impl FnOnce() -> Option<RemoteTraceContext>) {
     with_current(|call| {
         if let Some(id) = request_id {
             call.request_id.replace(id);
@@ -259,12 +261,12 @@ pub fn finish_span(span: &Span, code: tonic::Code) {
 
 /// The span of this task's call, if it is recorded: for what is known only later.
 #[must_use]
-pub fn recorded_span() -> Option<Span> {
+pub(crate) fn recorded_span() -> Option<Span> {
     with_current(|call| call.recorded.get())?.then(Span::current)
 }
 
 /// Runs `work` in a span of its own, if the call is recorded.
-pub async fn in_phase_span<F: Future>(name: CallPhase, work: F) -> F::Output {
+pub(crate) async fn in_phase_span<F: Future>(name: CallPhase, work: F) -> F::Output {
     let span = match recorded_span() {
         None => Span::none(),
         Some(_) => match name {
@@ -277,7 +279,7 @@ pub async fn in_phase_span<F: Future>(name: CallPhase, work: F) -> F::Output {
 
 /// What of a call has a span of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CallPhase {
+pub(crate) enum CallPhase {
     /// Until a change is recorded: the wait for its turn and the transaction that it goes with.
     Commit,
     /// Until a change is in force everywhere.
@@ -287,13 +289,13 @@ pub enum CallPhase {
 static LOST_SPANS: AtomicU64 = AtomicU64::new(0);
 
 /// Notes that spans were recorded and did not arrive. The exporter is the process's, as this count is.
-pub fn add_lost_spans(spans: u64) {
+pub(crate) fn add_lost_spans(spans: u64) {
     LOST_SPANS.fetch_add(spans, Ordering::Relaxed);
 }
 
 /// How many spans were recorded and did not arrive.
 #[must_use]
-pub fn lost_spans() -> u64 {
+pub(crate) fn lost_spans() -> u64 {
     LOST_SPANS.load(Ordering::Relaxed)
 }
 

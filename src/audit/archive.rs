@@ -35,7 +35,7 @@ const METHOD: &str = "keyward audit archive";
 
 /// Why nothing was archived, or not all that could be. Each says what to do.
 #[derive(Debug, thiserror::Error)]
-pub enum ArchiveError {
+pub(crate) enum ArchiveError {
     /// The file cannot be written or read back.
     #[error("the archive {path} cannot be written: {source}")]
     File {
@@ -71,22 +71,22 @@ pub enum ArchiveError {
 
 /// What was archived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ArchiveSummary {
+pub(crate) struct ArchiveSummary {
     /// The first entry in the file.
-    pub first: Revision,
+    pub(crate) first: Revision,
     /// The last.
-    pub last: Revision,
+    pub(crate) last: Revision,
     /// How many.
-    pub entries: u64,
+    pub(crate) entries: u64,
     /// Some of the entries asked for had to stay: a replica has not acknowledged them.
-    pub is_held_back: bool,
+    pub(crate) is_held_back: bool,
 }
 
 /// Archives the entries made before an instant to a new file. None = there are none.
 ///
 /// # Errors
 /// When the file cannot be written, the log is not whole, a replica stands in the way, or the database fails.
-pub async fn archive_log(
+pub(crate) async fn archive_log(
     store: &dyn Store,
     oldest_acknowledged: Revision,
     before: Timestamp,
@@ -142,7 +142,7 @@ pub async fn archive_log(
 ///
 /// # Errors
 /// When one is just loading, or the database may have lost the rows of some.
-pub async fn min_acknowledged_revision(store: Arc<dyn Store>) -> Result<Revision, ArchiveError> {
+pub(crate) async fn min_acknowledged_revision(store: Arc<dyn Store>) -> Result<Revision, ArchiveError> {
     let Some(fleet) = store.replica_registry() else { return Ok(Revision(u64::MAX)) };
     let roster = fleet.list_replicas(&[]).await?;
     if !roster.listing.is_complete() {

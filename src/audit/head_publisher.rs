@@ -13,11 +13,11 @@ const PUBLISH_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What was told last.
 #[derive(Debug, Default)]
-pub struct HeadPublisher(tokio::sync::Mutex<Option<LogHead>>);
+pub(crate) struct HeadPublisher(tokio::sync::Mutex<Option<LogHead>>);
 
 impl HeadPublisher {
     /// Tells the head now, if it has moved since it was told.
-    pub async fn publish(&self, store: &dyn Store) {
+    pub(crate) async fn publish(&self, store: &dyn Store) {
         let mut told = self.0.lock().await;
         match store.log_head().await {
             Ok(head) if *told == Some(head) => {}
@@ -36,7 +36,7 @@ impl HeadPublisher {
     }
 
     /// Tells it now and every minute, for ever.
-    pub async fn run(self: Arc<Self>, store: Arc<dyn Store>) {
+    pub(crate) async fn run(self: Arc<Self>, store: Arc<dyn Store>) {
         loop {
             self.publish(&*store).await;
             tokio::time::sleep(PUBLISH_INTERVAL).await;

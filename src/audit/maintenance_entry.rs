@@ -16,7 +16,7 @@ use crate::{
 ///
 /// # Errors
 /// When the database fails.
-pub async fn append_entry<E: From<StoreError> + From<CommitError>>(
+pub(crate) async fn append_entry<E: From<StoreError> + From<CommitError>>(
     store: &dyn Store,
     action: AuditAction,
     via: ChangeOrigin,

@@ -2,10 +2,10 @@
 //! that its oldest part can leave for a file. What an entry is stands in `domain`, where it is kept in `store`, how it is
 //! shown in `grpc/audit_service.rs`.
 
-pub mod archive;
-pub mod head_publisher;
+pub(crate) mod archive;
+pub(crate) mod head_publisher;
 mod key_comparison;
-pub mod maintenance_entry;
+pub(crate) mod maintenance_entry;
 mod revision_set;
 mod table_comparison;
-pub mod verify;
+pub(crate) mod verify;

@@ -26,13 +26,13 @@ const PAGE: u32 = 500;
 
 /// A record that is not what the log says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RecordMismatch {
+pub(crate) struct RecordMismatch {
     /// Which, such as `key 0198…`.
-    pub record: String,
+    pub(crate) record: String,
     /// The entry about it.
-    pub revision: Revision,
+    pub(crate) revision: Revision,
     /// What is wrong.
-    pub problem: String,
+    pub(crate) problem: String,
 }
 
 /// What was found so far.

@@ -13,7 +13,7 @@ use crate::{
     store::{ArchiveCheckpoint, BulkReader, Store, StoreError},
 };
 
-pub use super::table_comparison::RecordMismatch;
+pub(crate) use super::table_comparison::RecordMismatch;
 use super::table_comparison::TableComparison;
 
 /// How many entries are in memory at once, about a megabyte: fewer cost more turns from thread to thread, and more would
@@ -22,20 +22,20 @@ const PAGE: u32 = 1000;
 
 /// What is to be verified.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct VerifyOptions {
+pub(crate) struct VerifyOptions {
     /// From this entry on; None = from the oldest.
-    pub from: Option<Revision>,
+    pub(crate) from: Option<Revision>,
     /// Up to this entry; None = up to the newest.
-    pub to: Option<Revision>,
+    pub(crate) to: Option<Revision>,
     /// An entry whose hash is known from elsewhere.
-    pub expected_entry: Option<LogPosition>,
+    pub(crate) expected_entry: Option<LogPosition>,
     /// The chain alone, without the tables.
-    pub is_chain_only: bool,
+    pub(crate) is_chain_only: bool,
 }
 
 /// What became of an entry whose hash is known from elsewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ExpectedEntryStatus {
+pub(crate) enum ExpectedEntryStatus {
     /// The log has it, with this hash.
     Found,
     /// The log has another one in its place: this is another history.
@@ -50,31 +50,31 @@ pub enum ExpectedEntryStatus {
 
 /// What was found.
 #[derive(Clone, Debug)]
-pub struct VerificationReport {
+pub(crate) struct VerificationReport {
     /// The first entry that was to be verified.
-    pub first: Revision,
+    pub(crate) first: Revision,
     /// The newest that was found to fit.
-    pub last: LogPosition,
+    pub(crate) last: LogPosition,
     /// How many were.
-    pub entries: u64,
+    pub(crate) entries: u64,
     /// Where the log ended when this began.
-    pub head: LogPosition,
+    pub(crate) head: LogPosition,
     /// Up to where it was archived.
-    pub checkpoint: Option<ArchiveCheckpoint>,
+    pub(crate) checkpoint: Option<ArchiveCheckpoint>,
     /// The first entry that does not fit, and what is wrong with it.
-    pub first_fault: Option<(Revision, String)>,
+    pub(crate) first_fault: Option<(Revision, String)>,
     /// How many records of the tables were held against the log.
-    pub compared_records: u64,
+    pub(crate) compared_records: u64,
     /// Where they differ; the first of them.
-    pub mismatches: Vec<RecordMismatch>,
+    pub(crate) mismatches: Vec<RecordMismatch>,
     /// What became of the entry that was asked for.
-    pub expected_status: Option<ExpectedEntryStatus>,
+    pub(crate) expected_status: Option<ExpectedEntryStatus>,
 }
 
 impl VerificationReport {
     /// Whether everything fits.
     #[must_use]
-    pub fn is_valid(&self) -> bool {
+    pub(crate) fn is_valid(&self) -> bool {
         self.first_fault.is_none()
             && self.mismatches.is_empty()
             && !matches!(
@@ -92,7 +92,7 @@ impl VerificationReport {
 ///
 /// # Errors
 /// When the question makes no sense for this log, or the store fails.
-pub async fn verify_log(
+pub(crate) async fn verify_log(
     store: &dyn Store,
     question: VerifyOptions,
 ) -> Result<VerificationReport, ServiceError> {

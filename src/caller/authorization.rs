@@ -25,13 +25,13 @@ use crate::{
 use super::identity::{Caller, CallerIdentity};
 
 /// How often a change is authorized again after records that it rests on have moved.
-pub const MAX_AUTHORIZATION_ATTEMPTS: u32 = 16;
+pub(crate) const MAX_AUTHORIZATION_ATTEMPTS: u32 = 16;
 
 /// A caller with the read set of what it was judged by.
 #[derive(Debug)]
-pub struct Authorization<'e> {
+pub(crate) struct Authorization<'e> {
     /// The caller as it is now.
-    pub caller: Caller,
+    pub(crate) caller: Caller,
     engine: &'e Engine,
     read_set: ReadSet,
 }
@@ -41,7 +41,7 @@ impl Caller {
     ///
     /// # Errors
     /// When the caller may not make its call any more, or that cannot be known.
-    pub fn authorize<'e>(&self, engine: &'e Engine) -> Result<Authorization<'e>, ServiceError> {
+    pub(crate) fn authorize<'e>(&self, engine: &'e Engine) -> Result<Authorization<'e>, ServiceError> {
         let mut reads = ReadSet::default();
         let caller = match &self.identity {
             CallerIdentity::Key(_, digest) => {
@@ -72,23 +72,23 @@ impl Caller {
 
 impl Authorization<'_> {
     /// The role that a name stands for in an account, as it is recorded: its own before the global one.
-    pub fn resolve_role(&mut self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
+    pub(crate) fn resolve_role(&mut self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
         self.engine.index.resolve_role_tracked(account, name, &mut self.read_set)
     }
 
     /// What a role's name grants in an account, as it is recorded; nothing if there is no such role.
-    pub fn role_scopes(&mut self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
+    pub(crate) fn role_scopes(&mut self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
         self.resolve_role(account, name).map(|role| role.scopes.clone()).unwrap_or_default()
     }
 
     /// An account, as it is recorded.
-    pub fn account(&mut self, id: &AccountId) -> Option<Arc<Account>> {
+    pub(crate) fn account(&mut self, id: &AccountId) -> Option<Arc<Account>> {
         self.engine.index.account_record_tracked(id, &mut self.read_set)
     }
 
     /// What the person that the caller acts for holds in the account that owns a service key. `None` if the caller acts
     /// for nobody, or the key is a user's; `Some(None)` if the person is no member.
-    pub fn acting_user_scopes(&mut self, owner: &KeyOwner) -> Option<Option<ScopeSet>> {
+    pub(crate) fn acting_user_scopes(&mut self, owner: &KeyOwner) -> Option<Option<ScopeSet>> {
         let (user, account) = (self.caller.acting_user.clone()?, owner.account()?);
         Some(self.member_scopes(account, &user))
     }
@@ -97,7 +97,7 @@ impl Authorization<'_> {
     ///
     /// # Errors
     /// When the person is no member. For them the account does not exist.
-    pub fn check_account_visible(&mut self, account: &AccountId) -> Result<(), ServiceError> {
+    pub(crate) fn check_account_visible(&mut self, account: &AccountId) -> Result<(), ServiceError> {
         let Some(user) = self.caller.acting_user.clone() else { return Ok(()) };
         self.member_scopes(account, &user).map(drop).ok_or(ServiceError::NotFound(ResourceKind::Account))
     }
@@ -107,7 +107,7 @@ impl Authorization<'_> {
     ///
     /// # Errors
     /// When the person is no member, and the account does not exist for them; or when the role lacks the permission.
-    pub fn check_acting_user_change(&mut self, account: &AccountId) -> Result<(), ServiceError> {
+    pub(crate) fn check_acting_user_change(&mut self, account: &AccountId) -> Result<(), ServiceError> {
         let Some(user) = self.caller.acting_user.clone() else { return Ok(()) };
         let held = self.member_scopes(account, &user).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
         match self.caller.required_permission.filter(|permission| !permission.is_granted_by(&held)) {
@@ -121,7 +121,7 @@ impl Authorization<'_> {
     ///
     /// # Errors
     /// When one goes beyond that; the message names it.
-    pub fn check_acting_user_grant(
+    pub(crate) fn check_acting_user_grant(
         &mut self,
         account: Option<&AccountId>,
         scopes: &ScopeSet,
@@ -150,7 +150,7 @@ impl Authorization<'_> {
 
     /// The write of a change that was authorized so.
     #[must_use]
-    pub fn into_write(
+    pub(crate) fn into_write(
         self,
         change: RecordChange,
         expect: Option<Revision>,

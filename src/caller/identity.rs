@@ -42,7 +42,7 @@ pub enum Permission {
 impl Permission {
     /// The reserved scope that grants it.
     #[must_use]
-    pub const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Permission::Check => "keyward:check",
             Permission::KeysRead => "keyward:keys:read",
@@ -55,14 +55,14 @@ impl Permission {
 
     /// Whether it is granted.
     #[must_use]
-    pub fn is_granted_by(self, grants: &ScopeSet) -> bool {
+    pub(crate) fn is_granted_by(self, grants: &ScopeSet) -> bool {
         grants.covers_text(self.as_str())
     }
 }
 
 /// What a caller has proved itself by.
 #[derive(Clone, Debug)]
-pub enum CallerIdentity {
+pub(crate) enum CallerIdentity {
     /// A management key, and the digest of the token by which it is judged again.
     Key(KeyRef, TokenDigest),
     /// Possession of a living token with this digest, in whatever state its key is: enough to revoke that key.
@@ -74,31 +74,31 @@ pub enum CallerIdentity {
 
 /// A caller that has proved who it is.
 #[derive(Clone, Debug)]
-pub struct Caller {
+pub(crate) struct Caller {
     /// What it called with.
-    pub identity: CallerIdentity,
+    pub(crate) identity: CallerIdentity,
     /// The account it acts in.
-    pub account: AccountId,
+    pub(crate) account: AccountId,
     /// What it is granted there, roles included.
-    pub granted_scopes: ScopeSet,
+    pub(crate) granted_scopes: ScopeSet,
     /// The permission that its call needs.
-    pub required_permission: Option<Permission>,
+    pub(crate) required_permission: Option<Permission>,
     /// The person that an operator's caller calls for.
-    pub acting_user: Option<UserId>,
+    pub(crate) acting_user: Option<UserId>,
     /// The person whom the log names, where the change is made for another reason than acting for one.
-    pub logged_user: Option<UserId>,
+    pub(crate) logged_user: Option<UserId>,
     /// The RPC that it called.
-    pub method: &'static str,
+    pub(crate) method: &'static str,
     /// Where it called from.
-    pub peer: Option<IpAddr>,
+    pub(crate) peer: Option<IpAddr>,
     /// The call's id.
-    pub request_id: Option<String>,
+    pub(crate) request_id: Option<String>,
 }
 
 impl Caller {
     /// The management key, of a caller with one.
     #[must_use]
-    pub fn key(&self) -> Option<&KeyRef> {
+    pub(crate) fn key(&self) -> Option<&KeyRef> {
         match &self.identity {
             CallerIdentity::Key(key, _) | CallerIdentity::Possession(key, _) => Some(key),
             CallerIdentity::Certificate(_) => None,
@@ -107,7 +107,7 @@ impl Caller {
 
     /// Its key's id, or that of its identity.
     #[must_use]
-    pub fn id(&self) -> KeyId {
+    pub(crate) fn id(&self) -> KeyId {
         match &self.identity {
             CallerIdentity::Key(key, _) | CallerIdentity::Possession(key, _) => key.id(),
             CallerIdentity::Certificate(identity) => identity.idempotency_caller_id(),
@@ -117,7 +117,7 @@ impl Caller {
     /// The id under which its idempotency keys are kept. Each person that it acts for has idempotency keys apart from all
     /// others, and so has each account that a user key names: neither learns of requests made for another.
     #[must_use]
-    pub fn idempotency_scope(&self) -> KeyId {
+    pub(crate) fn idempotency_scope(&self) -> KeyId {
         let names_account = self.key().is_some_and(|key| key.owner().user().is_some());
         if self.acting_user.is_none() && !names_account {
             return self.id();
@@ -131,25 +131,25 @@ impl Caller {
 
     /// The environment that it is bound to.
     #[must_use]
-    pub fn environment(&self) -> Option<&EnvironmentName> {
+    pub(crate) fn environment(&self) -> Option<&EnvironmentName> {
         self.key().map(|key| key.environment())
     }
 
     /// Whether it acts on every account.
     #[must_use]
-    pub fn is_operator(&self) -> bool {
+    pub(crate) fn is_operator(&self) -> bool {
         self.account.is_operator()
     }
 
     /// Whether it is granted the permission.
     #[must_use]
-    pub fn has_permission(&self, permission: Permission) -> bool {
+    pub(crate) fn has_permission(&self, permission: Permission) -> bool {
         permission.is_granted_by(&self.granted_scopes)
     }
 
     /// The caller as the log names it.
     #[must_use]
-    pub fn actor(&self) -> Actor {
+    pub(crate) fn actor(&self) -> Actor {
         let who = match &self.identity {
             CallerIdentity::Key(key, _) | CallerIdentity::Possession(key, _) => ActorId::Key(key.id()),
             CallerIdentity::Certificate(identity) => ActorId::Certificate(identity.actor_name().into()),
@@ -170,7 +170,7 @@ impl Caller {
     /// others than operators and the user's own keys they do not exist, and while an operator's caller acts
     /// for a person, to others than that person.
     #[must_use]
-    pub fn can_see_owner(&self, owner: &KeyOwner) -> bool {
+    pub(crate) fn can_see_owner(&self, owner: &KeyOwner) -> bool {
         match (owner, &self.acting_user) {
             (KeyOwner::User(user), Some(acting)) => user == acting,
             (KeyOwner::User(user), None) => {
@@ -184,7 +184,7 @@ impl Caller {
     ///
     /// # Errors
     /// When an operator names none, or an account's caller another: that one does not exist for it.
-    pub fn resolve_account(&self, named: Option<AccountId>) -> Result<AccountId, ServiceError> {
+    pub(crate) fn resolve_account(&self, named: Option<AccountId>) -> Result<AccountId, ServiceError> {
         match named {
             Some(account) if self.is_operator() || account == self.account => Ok(account),
             Some(_) => Err(ServiceError::NotFound(ResourceKind::Account)),
@@ -199,7 +199,7 @@ impl Caller {
     ///
     /// # Errors
     /// If it acts for a person.
-    pub fn require_no_acting_user(&self) -> Result<(), ServiceError> {
+    pub(crate) fn require_no_acting_user(&self) -> Result<(), ServiceError> {
         if self.acting_user.is_none() {
             return Ok(());
         }
@@ -212,7 +212,7 @@ impl Caller {
     ///
     /// # Errors
     /// When the caller is none.
-    pub fn require_operator(&self) -> Result<(), ServiceError> {
+    pub(crate) fn require_operator(&self) -> Result<(), ServiceError> {
         if self.is_operator() {
             Ok(())
         } else {
@@ -225,7 +225,7 @@ impl Caller {
     ///
     /// # Errors
     /// When one goes beyond what it holds; the message names it.
-    pub fn check_grant(&self, granted: &ScopeSet) -> Result<(), ServiceError> {
+    pub(crate) fn check_grant(&self, granted: &ScopeSet) -> Result<(), ServiceError> {
         let held =
             |scope: &Scope| (self.is_operator() && !scope.is_reserved()) || self.granted_scopes.covers(scope);
         match granted.iter().find(|scope| !held(scope)) {
@@ -240,7 +240,7 @@ impl Caller {
     ///
     /// # Errors
     /// When its rights are bound; the message says by what.
-    pub fn require_unrestricted_key(&self, first: &EnvironmentName) -> Result<(), ServiceError> {
+    pub(crate) fn require_unrestricted_key(&self, first: &EnvironmentName) -> Result<(), ServiceError> {
         const RIGHT: &str = "a role or membership goes";
         let Some(own) = self.key() else { return Ok(()) };
         if !own.customers().is_empty() {
@@ -263,7 +263,7 @@ impl Caller {
     ///
     /// # Errors
     /// When its key is of another environment.
-    pub fn require_first_environment(&self, first: &EnvironmentName) -> Result<(), ServiceError> {
+    pub(crate) fn require_first_environment(&self, first: &EnvironmentName) -> Result<(), ServiceError> {
         match self.environment() {
             Some(own) if own != first && !self.is_operator() => {
                 let which = format_args!("it holds in every environment; use a key of {:?}", first.as_str());
@@ -279,7 +279,7 @@ impl Caller {
     ///
     /// # Errors
     /// When the terms go beyond the caller; the message says in what.
-    pub fn check_key_grant(
+    pub(crate) fn check_key_grant(
         &self,
         environment: &EnvironmentName,
         terms: &KeySpec,

@@ -31,59 +31,59 @@ use super::{KeyDetails, KeyOperations, NewKey, into_key};
 /// How many writes of one call wait for the writer at a time: one transaction is filled while another commits.
 const MAX_CONCURRENT_WRITES: usize = 512;
 /// How many keys one BulkRevoke handles at the most; `more` says that there are others.
-pub const MAX_BULK_REVOKE: u32 = 5000;
+pub(crate) const MAX_BULK_REVOKE: u32 = 5000;
 
 /// A key made elsewhere.
 #[derive(Clone, Debug)]
-pub struct KeyImport {
+pub(crate) struct KeyImport {
     /// The key.
-    pub key: NewKey,
+    pub(crate) key: NewKey,
     /// The digest of its token.
-    pub digest: TokenDigest,
+    pub(crate) digest: TokenDigest,
     /// What lists show of its token.
-    pub hint: String,
+    pub(crate) hint: String,
 }
 
 /// Which keys BulkRevoke means.
 #[derive(Clone, Debug)]
-pub struct BulkRevocation {
+pub(crate) struct BulkRevocation {
     /// Whose, when, where and called what.
-    pub filter: KeyFilter,
+    pub(crate) filter: KeyFilter,
     /// Say what would be revoked, and revoke nothing.
-    pub dry_run: bool,
+    pub(crate) dry_run: bool,
     /// Why.
-    pub reason: RevokeReason,
+    pub(crate) reason: RevokeReason,
     /// What is said of it.
-    pub comment: String,
+    pub(crate) comment: String,
 }
 
 /// A key that Import has taken in.
 #[derive(Debug)]
-pub struct KeyImportResult {
+pub(crate) struct KeyImportResult {
     /// The key.
-    pub details: KeyDetails,
+    pub(crate) details: KeyDetails,
     /// The same caller had imported it before.
-    pub is_replay: bool,
+    pub(crate) is_replay: bool,
 }
 
 /// What became of one key.
 #[derive(Debug)]
-pub struct KeyRevocationResult {
+pub(crate) struct KeyRevocationResult {
     /// The key, as it is now.
-    pub details: KeyDetails,
+    pub(crate) details: KeyDetails,
     /// Why it was not revoked, if it was not.
-    pub failure: Option<ServiceError>,
+    pub(crate) failure: Option<ServiceError>,
 }
 
 /// What became of all of them.
 #[derive(Debug)]
-pub struct BulkRevocationResult {
+pub(crate) struct BulkRevocationResult {
     /// Each that was not revoked yet.
-    pub keys: Vec<KeyRevocationResult>,
+    pub(crate) keys: Vec<KeyRevocationResult>,
     /// There are more.
-    pub has_more: bool,
+    pub(crate) has_more: bool,
     /// The revision by which all that were meant are revoked, those included that were so before: what to wait for.
-    pub wait_revision: Revision,
+    pub(crate) wait_revision: Revision,
 }
 
 impl KeyOperations {
@@ -91,7 +91,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When it is unknown whether some were imported.
-    pub async fn import(
+    pub(crate) async fn import(
         &self,
         caller: &Caller,
         keys: Vec<Result<KeyImport, ServiceError>>,
@@ -154,7 +154,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When the caller may not, the store fails before anything was done, or it is unknown whether some were revoked.
-    pub async fn bulk_revoke(
+    pub(crate) async fn bulk_revoke(
         &self,
         caller: &Caller,
         bulk: BulkRevocation,
@@ -224,7 +224,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When the store fails; what was revoked stays so.
-    pub async fn revoke_all_of_user(
+    pub(crate) async fn revoke_all_of_user(
         &self,
         caller: &Caller,
         user: &UserId,
@@ -292,7 +292,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When the key does not exist for the caller, or the store fails.
-    pub async fn usage_by_interval(
+    pub(crate) async fn usage_by_interval(
         &self,
         caller: &Caller,
         id: KeyId,
@@ -352,6 +352,6 @@ fn estimate_size(key: &ApiKey) -> usize {
 
 /// The newest revision of a bulk's keys.
 #[must_use]
-pub fn newest_revision<'a>(keys: impl IntoIterator<Item = &'a ApiKey>) -> Revision {
+pub(crate) fn newest_revision<'a>(keys: impl IntoIterator<Item = &'a ApiKey>) -> Revision {
     keys.into_iter().map(|key| key.revision).max().unwrap_or_default()
 }

@@ -95,7 +95,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When the key is revoked, would be left without a grant, or the caller could not give its grants.
-    pub async fn update(
+    pub(crate) async fn update(
         &self,
         caller: &Caller,
         id: KeyId,
@@ -134,7 +134,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When the key is revoked.
-    pub async fn disable(&self, caller: &Caller, id: KeyId) -> Result<KeyDetails, ServiceError> {
+    pub(crate) async fn disable(&self, caller: &Caller, id: KeyId) -> Result<KeyDetails, ServiceError> {
         let disabled = self.apply_edit(caller, id, AuditAction::KeyDisabled, None, |_, key, now| {
             ensure_not_revoked(key)?;
             Ok(if key.disabled_at.replace(now).is_none() {
@@ -175,7 +175,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When the key is revoked, or the caller could not give its grants.
-    pub async fn enable(&self, caller: &Caller, id: KeyId) -> Result<KeyDetails, ServiceError> {
+    pub(crate) async fn enable(&self, caller: &Caller, id: KeyId) -> Result<KeyDetails, ServiceError> {
         let enabled = self.apply_edit(caller, id, AuditAction::KeyEnabled, None, |asked, key, _| {
             ensure_not_revoked(key)?;
             self.check_grant(asked, &key.owner, &key.environment, &key.spec)?;
@@ -191,7 +191,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When it does not exist for the caller.
-    pub async fn revoke(
+    pub(crate) async fn revoke(
         &self,
         caller: &Caller,
         id: KeyId,
@@ -216,7 +216,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When the key is not active, or the caller could not give its grants.
-    pub async fn rotate(
+    pub(crate) async fn rotate(
         &self,
         caller: &Caller,
         id: KeyId,
@@ -255,7 +255,11 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When the key is revoked.
-    pub async fn finish_rotation(&self, caller: &Caller, id: KeyId) -> Result<KeyDetails, ServiceError> {
+    pub(crate) async fn finish_rotation(
+        &self,
+        caller: &Caller,
+        id: KeyId,
+    ) -> Result<KeyDetails, ServiceError> {
         self.apply_edit(caller, id, AuditAction::KeyRotationFinished, None, |_, key, now| {
             ensure_not_revoked(key)?;
             if !key.has_overlapping_secret(now) {
@@ -273,7 +277,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When the change is not recorded.
-    pub async fn revoke_self(&self, caller: &Caller) -> Result<KeyDetails, ServiceError> {
+    pub(crate) async fn revoke_self(&self, caller: &Caller) -> Result<KeyDetails, ServiceError> {
         let comment = "revoked by its holder".to_owned();
         self.revoke(caller, caller.id(), RevokeReason::Unspecified, comment).await
     }

@@ -4,10 +4,10 @@
 //! if not. Effects on Checks come with the commit (see `store/group_commit.rs`). Parsing and statuses are `grpc`'s.
 
 mod access_rules;
-pub mod bulk;
+pub(crate) mod bulk;
 mod lifecycle;
 mod patch;
-pub mod root_key;
+pub(crate) mod root_key;
 
 use std::sync::Arc;
 
@@ -32,7 +32,7 @@ use crate::{
     },
 };
 
-pub use patch::{KeyField, KeyPatch};
+pub(crate) use patch::{KeyField, KeyPatch};
 
 /// What this deployment has decided about keys.
 #[derive(Clone, Debug)]
@@ -49,20 +49,20 @@ pub struct KeySettings {
 
 /// A key as it is shown: the record, its uses, and the instant at which its state is told.
 #[derive(Clone, Debug)]
-pub struct KeyDetails {
+pub(crate) struct KeyDetails {
     /// The record.
-    pub key: ApiKey,
+    pub(crate) key: ApiKey,
     /// When each secret version was last used.
-    pub last_used: Vec<(u32, Timestamp)>,
+    pub(crate) last_used: Vec<(u32, Timestamp)>,
     /// The instant of the answer.
-    pub as_of: Timestamp,
+    pub(crate) as_of: Timestamp,
     /// What the change that was asked for takes away.
-    pub effect: ChangeEffect,
+    pub(crate) effect: ChangeEffect,
 }
 
 /// Who a new key is for, as the request names it.
 #[derive(Clone, Debug)]
-pub enum RequestedOwner {
+pub(crate) enum RequestedOwner {
     /// An account's caller means its own account.
     Unspecified,
     /// This account.
@@ -73,35 +73,35 @@ pub enum RequestedOwner {
 
 /// A key to be made.
 #[derive(Clone, Debug)]
-pub struct NewKey {
+pub(crate) struct NewKey {
     /// Who it is for.
-    pub owner: RequestedOwner,
+    pub(crate) owner: RequestedOwner,
     /// When it is made; its expiry was counted from here.
-    pub created_at: Timestamp,
+    pub(crate) created_at: Timestamp,
     /// Where it works.
-    pub environment: Environment,
+    pub(crate) environment: Environment,
     /// What it may do.
-    pub spec: KeySpec,
+    pub(crate) spec: KeySpec,
     /// How its token starts, if not as usual.
-    pub token_prefix: Option<TokenPrefix>,
+    pub(crate) token_prefix: Option<TokenPrefix>,
 }
 
 /// The caller's name for a request, with a digest of all that it asks.
 #[derive(Clone, Debug)]
-pub struct ReplayKey {
+pub(crate) struct ReplayKey {
     /// The name.
-    pub idempotency_key: IdempotencyKey,
+    pub(crate) idempotency_key: IdempotencyKey,
     /// SHA-256 over the whole request.
-    pub fingerprint: [u8; 32],
+    pub(crate) fingerprint: [u8; 32],
 }
 
 /// A key with a new token.
 #[derive(Debug)]
-pub struct IssuedKey {
+pub(crate) struct IssuedKey {
     /// The key.
-    pub details: KeyDetails,
+    pub(crate) details: KeyDetails,
     /// The token; none when the request was done before.
-    pub token: Option<Token>,
+    pub(crate) token: Option<Token>,
 }
 
 /// The use cases of keys.
@@ -123,7 +123,7 @@ impl std::fmt::Debug for KeyOperations {
 impl KeyOperations {
     /// The use cases over a store, its writer and the engine that follows it.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         store: Arc<dyn Store>,
         writer: CommitHandle,
         engine: Arc<Engine>,
@@ -136,19 +136,19 @@ impl KeyOperations {
 
     /// The environments there are.
     #[must_use]
-    pub fn environments(&self) -> &EnvironmentSet {
+    pub(crate) fn environments(&self) -> &EnvironmentSet {
         &self.settings.environments
     }
 
     /// Whether keys may be made without scopes and roles.
     #[must_use]
-    pub fn has_default_role(&self) -> bool {
+    pub(crate) fn has_default_role(&self) -> bool {
         self.settings.default_role.is_some()
     }
 
     /// The limits of an account to which a change is held. `only_takes`: it gives nothing to anybody.
     #[must_use]
-    pub fn limits_for_action(&self, action: AuditAction, only_takes: bool) -> Option<AccountLimits> {
+    pub(crate) fn limits_for_action(&self, action: AuditAction, only_takes: bool) -> Option<AccountLimits> {
         let limits = self.settings.account_limits;
         match action {
             _ if action.is_restriction() => None,
@@ -163,7 +163,7 @@ impl KeyOperations {
 
     /// The present instant.
     #[must_use]
-    pub fn now(&self) -> Timestamp {
+    pub(crate) fn now(&self) -> Timestamp {
         self.clock.now()
     }
 
@@ -185,7 +185,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When another request was made under the same idempotency key, or the store fails.
-    pub async fn find_replay(
+    pub(crate) async fn find_replay(
         &self,
         caller: &Caller,
         once: Option<&ReplayKey>,
@@ -219,7 +219,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When the caller may not, the account does not exist, the name is taken, or the change is not recorded.
-    pub async fn create(
+    pub(crate) async fn create(
         &self,
         caller: &Caller,
         new: NewKey,
@@ -278,7 +278,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When it does not exist for the caller.
-    pub async fn get(&self, caller: &Caller, id: KeyId) -> Result<KeyDetails, ServiceError> {
+    pub(crate) async fn get(&self, caller: &Caller, id: KeyId) -> Result<KeyDetails, ServiceError> {
         let stored = self.find_visible(caller, id).await?;
         self.check_read(caller, &stored.key.owner)?;
         Ok(self.stored_key_details(stored))
@@ -288,7 +288,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn list(
+    pub(crate) async fn list(
         &self,
         caller: &Caller,
         filter: &KeyFilter,
@@ -312,7 +312,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When none exists for the caller.
-    pub async fn find_by_token(
+    pub(crate) async fn find_by_token(
         &self,
         caller: &Caller,
         presented: &str,
@@ -328,7 +328,7 @@ impl KeyOperations {
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn whoami(
+    pub(crate) async fn whoami(
         &self,
         caller: &Caller,
     ) -> Result<(Option<KeyDetails>, Option<Arc<Account>>), ServiceError> {

@@ -4,7 +4,7 @@ use crate::domain::key::KeySpec;
 
 /// The fields that Update changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeyField {
+pub(crate) enum KeyField {
     /// `name`
     Name,
     /// `scopes`
@@ -28,7 +28,7 @@ pub enum KeyField {
 impl KeyField {
     /// The field that an update mask's path names.
     #[must_use]
-    pub fn from_path(path: &str) -> Option<KeyField> {
+    pub(crate) fn from_path(path: &str) -> Option<KeyField> {
         Some(match path {
             "name" => KeyField::Name,
             "scopes" => KeyField::Scopes,
@@ -46,11 +46,11 @@ impl KeyField {
 
 /// New values for some of a key's terms.
 #[derive(Clone, Debug)]
-pub struct KeyPatch {
+pub(crate) struct KeyPatch {
     /// Which.
-    pub fields: Vec<KeyField>,
+    pub(crate) fields: Vec<KeyField>,
     /// The values; those of other fields are not looked at.
-    pub new_spec: KeySpec,
+    pub(crate) new_spec: KeySpec,
 }
 
 impl KeyPatch {

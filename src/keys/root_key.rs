@@ -19,16 +19,16 @@ use super::{KeySettings, first_secret};
 
 /// A root key: every permission over Keyward, for the operator account.
 #[derive(Debug)]
-pub struct RootKey {
+pub(crate) struct RootKey {
     /// Its token.
-    pub token: Token,
+    pub(crate) token: Token,
     /// What records it.
-    pub write: WriteRequest,
+    pub(crate) write: WriteRequest,
 }
 
 impl RootKey {
     /// Takes away the key's name. False if it has none.
-    pub fn clear_name(&mut self) -> bool {
+    pub(crate) fn clear_name(&mut self) -> bool {
         match &mut self.write.change {
             RecordChange::Key(key) => Arc::make_mut(key).spec.name.take().is_some(),
             _ => false,
@@ -40,7 +40,7 @@ impl RootKey {
 ///
 /// # Errors
 /// When no random bytes can be had.
-pub fn create_root_key(
+pub(crate) fn create_root_key(
     clock: &dyn Clock,
     entropy: &dyn EntropySource,
     tokens: &KeySettings,

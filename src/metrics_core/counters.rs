@@ -12,7 +12,7 @@ const COUNTERS_PER_LINE: usize = 16;
 struct CounterLine([AtomicU64; COUNTERS_PER_LINE]);
 
 /// A fixed number of counters, each told apart by its place.
-pub struct ShardedCounters {
+pub(crate) struct ShardedCounters {
     shards: PerThread<Box<[CounterLine]>>,
     count: usize,
 }
@@ -26,7 +26,7 @@ impl std::fmt::Debug for ShardedCounters {
 impl ShardedCounters {
     /// So many counters, all 0.
     #[must_use]
-    pub fn new(count: usize) -> ShardedCounters {
+    pub(crate) fn new(count: usize) -> ShardedCounters {
         let lines = count.div_ceil(COUNTERS_PER_LINE);
         ShardedCounters {
             shards: PerThread::new(|| (0..lines).map(|_| CounterLine::default()).collect()),
@@ -35,13 +35,13 @@ impl ShardedCounters {
     }
 
     /// Adds to the counter at this place. One that is none counts nothing.
-    pub fn add(&self, at: usize, more: u64) {
+    pub(crate) fn add(&self, at: usize, more: u64) {
         counter(self.shards.local(), at).map(|counter| counter.fetch_add(more, Ordering::Relaxed));
     }
 
     /// The counter at this place, over all threads.
     #[must_use]
-    pub fn get(&self, at: usize) -> u64 {
+    pub(crate) fn get(&self, at: usize) -> u64 {
         let each = self.shards.iter().filter_map(|lines| counter(lines, at));
         each.map(|counter| counter.load(Ordering::Relaxed)).sum()
     }

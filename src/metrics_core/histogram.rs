@@ -6,7 +6,7 @@ use super::counters::ShardedCounters;
 
 /// Durations, counted in buckets. The bounds are in nanoseconds, rising; what is longer than the last is counted apart.
 #[derive(Debug)]
-pub struct ShardedHistograms<const BOUNDS: usize> {
+pub(crate) struct ShardedHistograms<const BOUNDS: usize> {
     bounds: &'static [u64; BOUNDS],
     counters: ShardedCounters,
 }
@@ -15,11 +15,11 @@ pub struct ShardedHistograms<const BOUNDS: usize> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HistogramSnapshot {
     /// How many were at most so long, in nanoseconds, and longer than the bound before.
-    pub buckets: Vec<(u64, u64)>,
+    pub(crate) buckets: Vec<(u64, u64)>,
     /// How many were longer.
-    pub overflow: u64,
+    pub(crate) overflow: u64,
     /// All of them together, in nanoseconds.
-    pub sum: u64,
+    pub(crate) sum: u64,
 }
 
 impl<const BOUNDS: usize> ShardedHistograms<BOUNDS> {
@@ -28,12 +28,12 @@ impl<const BOUNDS: usize> ShardedHistograms<BOUNDS> {
 
     /// So many histograms with the same bounds.
     #[must_use]
-    pub fn new(count: usize, bounds: &'static [u64; BOUNDS]) -> Self {
+    pub(crate) fn new(count: usize, bounds: &'static [u64; BOUNDS]) -> Self {
         ShardedHistograms { bounds, counters: ShardedCounters::new(count * Self::SLOTS_PER_HISTOGRAM) }
     }
 
     /// Notes a duration in the histogram at this place.
-    pub fn record(&self, at: usize, took: Duration) {
+    pub(crate) fn record(&self, at: usize, took: Duration) {
         let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         let bucket = self.bounds.iter().position(|bound| nanos <= *bound).unwrap_or(BOUNDS);
         self.counters.add(at * Self::SLOTS_PER_HISTOGRAM + bucket, 1);
@@ -42,7 +42,7 @@ impl<const BOUNDS: usize> ShardedHistograms<BOUNDS> {
 
     /// The histogram at this place, over all threads.
     #[must_use]
-    pub fn snapshot(&self, at: usize) -> HistogramSnapshot {
+    pub(crate) fn snapshot(&self, at: usize) -> HistogramSnapshot {
         let counter = |of| self.counters.get(at * Self::SLOTS_PER_HISTOGRAM + of);
         let buckets = self.bounds.iter().enumerate().map(|(bucket, bound)| (*bound, counter(bucket)));
         HistogramSnapshot { buckets: buckets.collect(), overflow: counter(BOUNDS), sum: counter(BOUNDS + 1) }

@@ -15,7 +15,7 @@ const SHARDS: usize = 32;
 struct CacheAligned<T>(T);
 
 /// A `T` for each of a few threads: two cores that change theirs at once do not pass one cache line to and fro.
-pub struct PerThread<T>(Box<[CacheAligned<T>]>);
+pub(crate) struct PerThread<T>(Box<[CacheAligned<T>]>);
 
 impl<T> fmt::Debug for PerThread<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -32,18 +32,18 @@ impl<T: Default> Default for PerThread<T> {
 impl<T> PerThread<T> {
     /// One for each, made by `make`.
     #[must_use]
-    pub fn new(mut make: impl FnMut() -> T) -> Self {
+    pub(crate) fn new(mut make: impl FnMut() -> T) -> Self {
         PerThread((0..SHARDS).map(|_| CacheAligned(make())).collect())
     }
 
     /// The calling thread's.
     #[must_use]
-    pub fn local(&self) -> &T {
+    pub(crate) fn local(&self) -> &T {
         &self.0[thread_index() % SHARDS].0
     }
 
     /// Every thread's.
-    pub fn iter(&self) -> impl Iterator<Item = &T> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
         self.0.iter().map(|line| &line.0)
     }
 }

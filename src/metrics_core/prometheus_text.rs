@@ -6,7 +6,7 @@ use super::histogram::HistogramSnapshot;
 
 /// What a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MetricKind {
+pub(crate) enum MetricKind {
     /// It only grows, until the process starts anew.
     Counter,
     /// It rises and falls.
@@ -27,7 +27,7 @@ impl MetricKind {
 
 /// A page that is being written. Names, help and labels are ours, and need no escaping.
 #[derive(Debug, Default)]
-pub struct MetricsText {
+pub(crate) struct MetricsText {
     page: String,
     family: &'static str,
 }
@@ -37,7 +37,7 @@ type LabelPairs<'a> = &'a [(&'static str, &'a str)];
 
 impl MetricsText {
     /// Begins a family; its samples follow.
-    pub fn family(&mut self, name: &'static str, kind: MetricKind, help: &str) -> &mut MetricsText {
+    pub(crate) fn family(&mut self, name: &'static str, kind: MetricKind, help: &str) -> &mut MetricsText {
         self.family = name;
         // Writing to a String does not fail.
         let _ = writeln!(self.page, "# HELP {name} {help}\n# TYPE {name} {}", kind.as_str());
@@ -45,18 +45,24 @@ impl MetricsText {
     }
 
     /// One sample of the family.
-    pub fn sample(&mut self, labels: LabelPairs<'_>, value: impl Display) -> &mut MetricsText {
+    pub(crate) fn sample(&mut self, labels: LabelPairs<'_>, value: impl Display) -> &mut MetricsText {
         self.write_sample("", labels, None, value);
         self
     }
 
     /// A family with one sample and no label.
-    pub fn single_sample(&mut self, name: &'static str, kind: MetricKind, help: &str, value: impl Display) {
+    pub(crate) fn single_sample(
+        &mut self,
+        name: &'static str,
+        kind: MetricKind,
+        help: &str,
+        value: impl Display,
+    ) {
         self.family(name, kind, help).sample(&[], value);
     }
 
     /// One histogram of the family, in seconds.
-    pub fn histogram(&mut self, labels: LabelPairs<'_>, held: &HistogramSnapshot) -> &mut MetricsText {
+    pub(crate) fn histogram(&mut self, labels: LabelPairs<'_>, held: &HistogramSnapshot) -> &mut MetricsText {
         let mut count = 0;
         for (bound, more) in &held.buckets {
             count += more;
@@ -71,7 +77,7 @@ impl MetricsText {
 
     /// The page.
     #[must_use]
-    pub fn finish(self) -> String {
+    pub(crate) fn finish(self) -> String {
         self.page
     }
 

@@ -25,7 +25,7 @@ const MAX_BACKOFF: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// When it is away still. What else is wrong with it shows when it is opened.
-pub async fn wait_for_database(settings: &ServerSettings) -> anyhow::Result<()> {
+pub(crate) async fn wait_for_database(settings: &ServerSettings) -> anyhow::Result<()> {
     let end = Instant::now() + settings.lifecycle.database_wait;
     let mut pause = INITIAL_BACKOFF;
     let mut pages = None;

@@ -18,7 +18,7 @@ use crate::{
 ///
 /// # Errors
 /// When there is no such file.
-pub fn require_existing_database(settings: &ServerSettings) -> anyhow::Result<()> {
+pub(crate) fn require_existing_database(settings: &ServerSettings) -> anyhow::Result<()> {
     match store::sqlite_file(&settings.database) {
         Some(path) if !path.exists() => {
             Err(OpenError::FileNotFound { path: path.display().to_string() }.into())
@@ -31,7 +31,7 @@ pub fn require_existing_database(settings: &ServerSettings) -> anyhow::Result<()
 ///
 /// # Errors
 /// When the database does not open or fails, the file cannot be written, or a replica stands in the way.
-pub async fn archive_log(
+pub(crate) async fn archive_log(
     settings: &ServerSettings,
     before: Timestamp,
     to: &Path,
@@ -51,7 +51,7 @@ pub async fn archive_log(
 ///
 /// # Errors
 /// When the database does not open, or a newer version has migrated it.
-pub async fn migrate(settings: &ServerSettings, dry_run: bool) -> anyhow::Result<Vec<MigrationStep>> {
+pub(crate) async fn migrate(settings: &ServerSettings, dry_run: bool) -> anyhow::Result<Vec<MigrationStep>> {
     Ok(store::migrate(&settings.database, dry_run).await?)
 }
 
@@ -59,7 +59,7 @@ pub async fn migrate(settings: &ServerSettings, dry_run: bool) -> anyhow::Result
 ///
 /// # Errors
 /// When it cannot be copied, or the database is none of SQLite.
-pub async fn backup(settings: &ServerSettings, to: &Path) -> anyhow::Result<LogHead> {
+pub(crate) async fn backup(settings: &ServerSettings, to: &Path) -> anyhow::Result<LogHead> {
     Ok(store::backup(&settings.database, to).await?)
 }
 
@@ -68,7 +68,7 @@ pub async fn backup(settings: &ServerSettings, to: &Path) -> anyhow::Result<LogH
 ///
 /// # Errors
 /// When its WAL is not lost, or the database does not open or fails.
-pub async fn accept_lost_wal(settings: &ServerSettings, clock: &dyn Clock) -> anyhow::Result<LogHead> {
+pub(crate) async fn accept_lost_wal(settings: &ServerSettings, clock: &dyn Clock) -> anyhow::Result<LogHead> {
     let store = store::open_without_wal(&settings.database).await?;
     let head = store.log_head().await?;
     // A file without an operator account was killed before it acknowledged anything.

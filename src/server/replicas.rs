@@ -31,15 +31,15 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct ReplicationRuntime {
     /// The way into the index.
-    pub log_applier: Arc<LogApplier>,
+    pub(crate) log_applier: Arc<LogApplier>,
     /// The lease that Checks are answered under.
-    pub lease: Arc<ServingLease>,
+    pub(crate) lease: Arc<ServingLease>,
     /// Waits until a change is in force everywhere.
-    pub propagation: PropagationWaiter,
+    pub(crate) propagation: PropagationWaiter,
     /// Hears what others have committed.
-    pub freshness: FreshnessBarrier,
+    pub(crate) freshness: FreshnessBarrier,
     /// What is to be seen of this replica.
-    pub replica_status: Arc<ReplicaStatus>,
+    pub(crate) replica_status: Arc<ReplicaStatus>,
 }
 
 impl ReplicationRuntime {
@@ -138,36 +138,36 @@ pub(super) async fn wait_for_replica_failure(failed: Option<watch::Receiver<bool
 
 /// A replica's row, for people.
 #[derive(Clone, Debug)]
-pub struct ReplicaInfo {
+pub(crate) struct ReplicaInfo {
     /// What it is called.
-    pub name: String,
+    pub(crate) name: String,
     /// Its row; another one after each start.
-    pub id: Uuid,
+    pub(crate) id: Uuid,
     /// The newest change that it has acknowledged; None = it is starting and holds no lease.
-    pub acknowledged_revision: Option<Revision>,
+    pub(crate) acknowledged_revision: Option<Revision>,
     /// When it renewed last, by the database's clock.
-    pub last_seen: Timestamp,
+    pub(crate) last_seen: Timestamp,
     /// How long ago that was, by the same clock.
-    pub since_last_renewal: Duration,
+    pub(crate) since_last_renewal: Duration,
 }
 
 /// What the database says of all replicas.
 #[derive(Clone, Debug)]
-pub struct ClusterStatus {
+pub(crate) struct ClusterStatus {
     /// Its replicas, by name.
-    pub replicas: Vec<ReplicaInfo>,
+    pub(crate) replicas: Vec<ReplicaInfo>,
     /// The newest change.
-    pub head: Revision,
+    pub(crate) head: Revision,
     /// The lease that renewals grant, and the longest that anybody may hold.
-    pub leases: (Term, Term),
+    pub(crate) leases: (Term, Term),
     /// Nobody holds a lease from before the database lost or may have lost rows: the list is all there are.
-    pub is_complete: bool,
+    pub(crate) is_complete: bool,
     /// Whether a commit waits for a synchronous standby.
-    pub sync_replicated: bool,
+    pub(crate) sync_replicated: bool,
 }
 
 /// The replicas of a database, for an operator who has it at hand: it works when no server answers.
-pub struct ReplicaAdmin {
+pub(crate) struct ReplicaAdmin {
     store: Arc<dyn Store>,
     fleet: Arc<dyn ReplicaRegistry>,
 }
@@ -183,7 +183,7 @@ impl ReplicaAdmin {
     ///
     /// # Errors
     /// When it does not open, or one process owns it.
-    pub async fn open(settings: &ServerSettings) -> anyhow::Result<ReplicaAdmin> {
+    pub(crate) async fn open(settings: &ServerSettings) -> anyhow::Result<ReplicaAdmin> {
         if settings.database.starts_with("sqlite:") {
             bail!("an SQLite file has one owner and no replicas; name a postgres:// URL with --database");
         }
@@ -193,7 +193,7 @@ impl ReplicaAdmin {
     }
 
     /// Lets go of the database.
-    pub async fn close(self) {
+    pub(crate) async fn close(self) {
         self.store.close().await;
     }
 
@@ -201,7 +201,7 @@ impl ReplicaAdmin {
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn cluster_status(&self) -> anyhow::Result<ClusterStatus> {
+    pub(crate) async fn cluster_status(&self) -> anyhow::Result<ClusterStatus> {
         let terms = self.fleet.lease_config().await?;
         let roster = self.fleet.list_replicas(&[]).await?;
         let db_now = roster.listing.database_time;
@@ -227,7 +227,7 @@ impl ReplicaAdmin {
     ///
     /// # Errors
     /// When there is none, or several are called so, or the database fails.
-    pub async fn attest_dead(&self, named: &str) -> anyhow::Result<ReplicaInfo> {
+    pub(crate) async fn attest_dead(&self, named: &str) -> anyhow::Result<ReplicaInfo> {
         let replicas = self.cluster_status().await?.replicas;
         let mut found = replicas.into_iter().filter(|row| row.name == named || row.id.to_string() == named);
         let Some(replica) = found.next() else {
@@ -248,7 +248,7 @@ impl ReplicaAdmin {
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn accept_regression(&self) -> anyhow::Result<u64> {
+    pub(crate) async fn accept_regression(&self) -> anyhow::Result<u64> {
         Ok(self.fleet.accept_regression().await?)
     }
 
@@ -256,7 +256,7 @@ impl ReplicaAdmin {
     ///
     /// # Errors
     /// When the database fails, or another lease was set meanwhile.
-    pub async fn set_lease(&self, lease: Term) -> anyhow::Result<()> {
+    pub(crate) async fn set_lease(&self, lease: Term) -> anyhow::Result<()> {
         let before = self.fleet.lease_config().await?.longest_lease;
         self.fleet.set_lease(lease).await?;
         // Read after: whoever comes later is granted the new one.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use zeroize::Zeroizing;
 
-pub use reset::{DescendantKey, RightsChange, RootKeyReset, reset_root_key};
+pub(crate) use reset::{DescendantKey, RightsChange, RootKeyReset, reset_root_key};
 use token_file::RootKeyFile;
 
 use crate::{

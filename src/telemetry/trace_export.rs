@@ -55,7 +55,7 @@ impl TraceExporter {
     }
 
     /// Sends what is left, as far as there is time.
-    pub async fn stop(self) {
+    pub(crate) async fn stop(self) {
         let Some((provider, mut sending)) = self.running else { return };
         // It closes the queue, which the task empties and ends.
         let _ = provider.shutdown();

@@ -24,14 +24,14 @@ enum RequestIdRepr {
 impl RequestId {
     /// The one that `x-request-id` tells of, if it is well-formed.
     #[must_use]
-    pub fn from_headers(headers: &HeaderMap) -> Option<RequestId> {
+    pub(crate) fn from_headers(headers: &HeaderMap) -> Option<RequestId> {
         let value = headers.get("x-request-id")?;
         is_valid_request_id(value.as_bytes()).then(|| RequestId(RequestIdRepr::Received(value.clone())))
     }
 
     /// The same from bytes.
     #[must_use]
-    pub fn from_bytes(bytes: &[u8]) -> Option<RequestId> {
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<RequestId> {
         let value = is_valid_request_id(bytes).then(|| HeaderValue::from_bytes(bytes).ok())?;
         value.map(|value| RequestId(RequestIdRepr::Received(value)))
     }
@@ -68,24 +68,24 @@ impl fmt::Display for RequestId {
 
 /// Gives numbers, each once.
 #[derive(Clone, Copy, Debug)]
-pub struct RandomIds {
+pub(crate) struct RandomIds {
     seed: u64,
 }
 
 /// One of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RandomId(u64);
+pub(crate) struct RandomId(u64);
 
 impl RandomIds {
     /// Those of this seed. Processes with one seed would give the same.
     #[must_use]
-    pub const fn with_seed(seed: u64) -> RandomIds {
+    pub(crate) const fn with_seed(seed: u64) -> RandomIds {
         RandomIds { seed }
     }
 
     /// The next. Threads count apart, and so take nothing from each other.
     #[must_use]
-    pub fn next_id(self) -> RandomId {
+    pub(crate) fn next_id(self) -> RandomId {
         static THREADS: AtomicU64 = AtomicU64::new(0);
         thread_local! {
             static COUNT: Cell<u64> = Cell::new(THREADS.fetch_add(1, Ordering::Relaxed) << 40);
@@ -106,13 +106,13 @@ const fn split_mix64(number: u64) -> u64 {
 impl RandomId {
     /// A request id of this instant, in milliseconds since 1970.
     #[must_use]
-    pub fn request_id(self, millis: u64) -> RequestId {
+    pub(crate) fn request_id(self, millis: u64) -> RequestId {
         RequestId(RequestIdRepr::Generated { millis, random: self })
     }
 
     /// A UUIDv7 of this instant, in milliseconds since 1970.
     #[must_use]
-    pub fn uuid(self, millis: u64) -> uuid::Uuid {
+    pub(crate) fn uuid(self, millis: u64) -> uuid::Uuid {
         uuid::Builder::from_unix_timestamp_millis(millis, &self.random_bytes()).into_uuid()
     }
 
@@ -125,13 +125,13 @@ impl RandomId {
 
     /// Another number that has nothing to do with this one.
     #[must_use]
-    pub const fn derive_independent(self) -> RandomId {
+    pub(crate) const fn derive_independent(self) -> RandomId {
         RandomId(split_mix64(self.0 ^ 0x6b65_7977_6172_6421))
     }
 
     /// Whether it falls below: with a chance of `sampling_threshold` in 2^64; of the highest, always.
     #[must_use]
-    pub const fn is_below(self, threshold: u64) -> bool {
+    pub(crate) const fn is_below(self, threshold: u64) -> bool {
         threshold == u64::MAX || self.0 < threshold
     }
 }
@@ -144,7 +144,7 @@ impl RandomId {
     clippy::cast_sign_loss,
     reason = "it saturates"
 )]
-pub fn sampling_threshold(share: f64) -> u64 {
+pub(crate) fn sampling_threshold(share: f64) -> u64 {
     (share * u64::MAX as f64) as u64
 }
 

@@ -11,7 +11,7 @@ const MAX_TRACE_STATE_LEN: usize = 512;
 
 /// A trace.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct TraceId(u128);
+pub(crate) struct TraceId(u128);
 
 impl From<opentelemetry::trace::TraceId> for TraceId {
     fn from(id: opentelemetry::trace::TraceId) -> Self {
@@ -36,9 +36,9 @@ impl fmt::Debug for TraceId {
 #[derive(Clone, Debug)]
 pub struct RemoteTraceContext {
     /// Its trace.
-    pub trace_id: TraceId,
+    pub(crate) trace_id: TraceId,
     /// Whether the caller records it.
-    pub is_sampled: bool,
+    pub(crate) is_sampled: bool,
     span_id: u64,
     trace_state: Option<HeaderValue>,
 }
@@ -46,7 +46,7 @@ pub struct RemoteTraceContext {
 impl RemoteTraceContext {
     /// The one that headers tell of. One `traceparent`: several are none.
     #[must_use]
-    pub fn from_headers(headers: &HeaderMap) -> Option<RemoteTraceContext> {
+    pub(crate) fn from_headers(headers: &HeaderMap) -> Option<RemoteTraceContext> {
         let mut values = headers.get_all("traceparent").iter();
         let parent = RemoteTraceContext::parse(values.next()?.as_bytes(), None)?;
         if values.next().is_some() {
@@ -59,7 +59,7 @@ impl RemoteTraceContext {
 
     /// Reads the two headers.
     #[must_use]
-    pub fn parse(parent: &[u8], state: Option<&[u8]>) -> Option<RemoteTraceContext> {
+    pub(crate) fn parse(parent: &[u8], state: Option<&[u8]>) -> Option<RemoteTraceContext> {
         // version "-" trace "-" span "-" flags; a later version may say more after another "-".
         let (version, rest) = (parse_hex(parent.get(..2)?)?, parent.get(2..55)?);
         let whole = match version {
@@ -84,7 +84,7 @@ impl RemoteTraceContext {
 
     /// What `tracestate` says with it, in visible ASCII, where that can be sent on.
     #[must_use]
-    pub fn trace_state(&self) -> Option<&str> {
+    pub(crate) fn trace_state(&self) -> Option<&str> {
         let state = self.trace_state.as_ref()?.to_str().ok()?;
         (state.len() <= MAX_TRACE_STATE_LEN).then_some(state)
     }

@@ -49,45 +49,45 @@ const RIGHTS_GRANTING_ACTIONS: [AuditAction; 8] = [
 
 /// What a reset has done, and what it has found.
 #[derive(Debug)]
-pub struct RootKeyReset {
+pub(crate) struct RootKeyReset {
     /// The new root key's token, unless it went to a file.
-    pub token: Option<Token>,
+    pub(crate) token: Option<Token>,
     /// The lost root key.
-    pub lost: KeyId,
+    pub(crate) lost: KeyId,
     /// The root keys from before it.
-    pub earlier_root_keys: Vec<KeyId>,
+    pub(crate) earlier_root_keys: Vec<KeyId>,
     /// The keys that descend from the lost one and were not revoked before.
-    pub descendants: Vec<DescendantKey>,
+    pub(crate) descendants: Vec<DescendantKey>,
     /// Whether the descendants are revoked now.
-    pub descendants_revoked: bool,
+    pub(crate) descendants_revoked: bool,
     /// What else the lost key and its descendants have given, oldest first.
-    pub rights_changes: Vec<RightsChange>,
+    pub(crate) rights_changes: Vec<RightsChange>,
     /// Why the revocations may not be in force on every replica yet.
-    pub unconfirmed_reason: Option<String>,
+    pub(crate) unconfirmed_reason: Option<String>,
 }
 
 /// A key that descends from the lost root key.
 #[derive(Clone, Debug)]
-pub struct DescendantKey {
+pub(crate) struct DescendantKey {
     /// Its owner.
-    pub owner: KeyOwner,
+    pub(crate) owner: KeyOwner,
     /// Its environment.
-    pub environment: EnvironmentName,
+    pub(crate) environment: EnvironmentName,
     /// Its name.
-    pub name: Option<KeyName>,
+    pub(crate) name: Option<KeyName>,
     /// When it was created.
-    pub created_at: Timestamp,
+    pub(crate) created_at: Timestamp,
     /// How it descends.
-    pub link: LineageLink,
+    pub(crate) link: LineageLink,
 }
 
 /// A change that the lost key or a descendant has made, and that a revocation does not undo.
 #[derive(Clone, Debug)]
-pub struct RightsChange {
+pub(crate) struct RightsChange {
     /// Its entry in the log.
-    pub entry: LogEntry,
+    pub(crate) entry: LogEntry,
     /// The role that was changed or given.
-    pub role: Option<String>,
+    pub(crate) role: Option<String>,
 }
 
 /// Revokes the root key, and its descendants if the arguments ask for it; then creates a new root key. Servers may run
@@ -96,7 +96,7 @@ pub struct RightsChange {
 /// # Errors
 /// When the store does not open or is new, `--lost` names no root key, or the new token cannot be written. What was
 /// revoked stays so; the same call finishes.
-pub async fn reset_root_key(
+pub(crate) async fn reset_root_key(
     settings: &ServerSettings,
     args: &RootKeyArgs,
     clock: Arc<dyn Clock>,

@@ -7,5 +7,5 @@ mod authorization;
 mod identity;
 
 pub(crate) use authorization::{Authorization, MAX_AUTHORIZATION_ATTEMPTS};
-pub use identity::Permission;
+pub(crate) use identity::Permission;
 pub(crate) use identity::{Caller, CallerIdentity};

@@ -38,10 +38,10 @@
 //! - A fault is never a verdict: if Keyward cannot decide, it returns an error, not a denial.
 //! - Zero, empty or missing never means "all".
 
-pub mod accounts;
-pub mod admin;
-pub mod audit;
-pub mod caller;
+pub(crate) mod accounts;
+pub(crate) mod admin;
+pub(crate) mod audit;
+pub(crate) mod caller;
 pub mod cli;
 pub mod clock;
 pub mod config;
@@ -49,21 +49,21 @@ pub mod decision_log;
 pub mod doctor;
 pub mod domain;
 pub mod engine;
-pub mod file_watcher;
-pub mod forward_auth;
+pub(crate) mod file_watcher;
+pub(crate) mod forward_auth;
 pub mod gateway;
 pub mod grpc;
 pub mod http1;
-pub mod keys;
-pub mod log_throttle;
-pub mod membership;
-pub mod metrics;
-pub mod metrics_core;
+pub(crate) mod keys;
+pub(crate) mod log_throttle;
+pub(crate) mod membership;
+pub(crate) mod metrics;
+pub(crate) mod metrics_core;
 pub mod pb;
-pub mod private_file;
+pub(crate) mod private_file;
 pub mod replication;
 pub mod server;
-pub mod service_error;
+pub(crate) mod service_error;
 pub mod store;
 pub mod telemetry;
 pub mod trace;

@@ -1,5 +1,7 @@
-//! What can be done with roles and members. Both carry rights, so nobody gives through them what they do not
-//! hold: neither by making a role, nor by giving one to a member.
+//! The use cases of roles and account members.
+//!
+//! Invariant: both carry scopes, so no caller grants through them what it does not hold, neither by changing a role nor
+//! by assigning one.
 
 use std::sync::Arc;
 
@@ -23,7 +25,7 @@ use crate::{
     },
 };
 
-/// What other scopes take away. The same once more may be a call that is made again.
+/// The effect of replacing a role's scopes. The same scopes again may be a retry.
 fn scope_change_effect(after: &ScopeSet, before: &ScopeSet) -> ChangeEffect {
     if after == before {
         ChangeEffect::Restricts { is_repeat: true }
@@ -34,13 +36,13 @@ fn scope_change_effect(after: &ScopeSet, before: &ScopeSet) -> ChangeEffect {
     }
 }
 
-/// What ending a membership came to.
+/// The result of ending a membership.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MembershipEnd {
-    /// The revision by which it has ended, and by which the user's keys are revoked where it was the last one.
+    /// The revision at which the membership has ended and, if it was the last one, the user's keys are revoked.
     pub(crate) revision: Revision,
-    /// Whether this call ended anything. If not, an earlier one may have, whose outcome was unknown: its revision is waited
-    /// for too.
+    /// Whether this call ended anything. If not, an earlier call with an unknown outcome may have; `revision` covers
+    /// that too.
     pub(crate) was_member: bool,
 }
 
@@ -60,7 +62,6 @@ impl std::fmt::Debug for MembershipOperations {
 }
 
 impl MembershipOperations {
-    /// The use cases over a store, its writer and the engine that follows it.
     #[must_use]
     pub(crate) fn new(
         store: Arc<dyn Store>,
@@ -72,51 +73,54 @@ impl MembershipOperations {
         MembershipOperations { store, commit_handle: writer, engine, keys, clock }
     }
 
-    /// Whether the caller acts on the account, and it exists for the caller.
+    /// Checks that the account exists for the caller.
     fn check_account_visible(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         account: &AccountId,
     ) -> Result<(), ServiceError> {
-        asked.caller.resolve_account(Some(account.clone()))?;
-        asked.account(account).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
-        asked.check_account_visible(account)
+        authorization.caller.resolve_account(Some(account.clone()))?;
+        authorization.account(account).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
+        authorization.check_account_visible(account)
     }
 
-    /// Whether the caller may change roles and members of the account.
+    /// Checks that the caller may change roles and members of the account.
     fn check_account_change(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         account: &AccountId,
     ) -> Result<(), ServiceError> {
-        self.check_account_visible(asked, account)?;
-        asked.check_acting_user_change(account)
+        self.check_account_visible(authorization, account)?;
+        authorization.check_acting_user_change(account)
     }
 
-    /// Global roles are made and changed by operators, for themselves.
+    /// Checks that the caller may change a role. Only operators without an acting user change global roles.
     fn check_role_change(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         account: Option<&AccountId>,
     ) -> Result<(), ServiceError> {
         match account {
-            Some(account) => self.check_account_change(asked, account),
-            None => asked.caller.require_operator().and_then(|()| asked.caller.require_no_acting_user()),
+            Some(account) => self.check_account_change(authorization, account),
+            None => authorization
+                .caller
+                .require_operator()
+                .and_then(|()| authorization.caller.require_no_acting_user()),
         }
     }
 
-    /// Whether the caller could give and take what a role grants in an account.
+    /// Checks that the caller could grant and withdraw these scopes in an account.
     fn check_grant(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         account: Option<&AccountId>,
         scopes: &ScopeSet,
     ) -> Result<(), ServiceError> {
-        asked.caller.check_grant(scopes)?;
-        asked.check_acting_user_grant(account, scopes)
+        authorization.caller.check_grant(scopes)?;
+        authorization.check_acting_user_grant(account, scopes)
     }
 
-    /// The record, if a change would leave it as it is.
+    /// The recorded state, if a change would leave it as it is.
     fn find_unchanged_record(&self, change: &RecordChange) -> Option<RecordChange> {
         let index = &self.engine.index;
         match change {
@@ -132,7 +136,7 @@ impl MembershipOperations {
         }
     }
 
-    /// Whether a change of what is there gives nothing.
+    /// Whether a change of an existing record grants nothing.
     fn only_restricts(&self, change: &RecordChange, expect: Option<Revision>) -> bool {
         let index = &self.engine.index;
         match change {
@@ -149,8 +153,8 @@ impl MembershipOperations {
         }
     }
 
-    /// Writes a change that `make` authorizes from the current record, and retries if a record has moved. A change that
-    /// leaves the record as it is writes nothing.
+    /// Writes a change that `make` authorizes from the recorded state, and retries if a record has moved. A change
+    /// without effect writes nothing.
     async fn commit_change(
         &self,
         caller: &Caller,
@@ -161,10 +165,10 @@ impl MembershipOperations {
     ) -> Result<(RecordChange, ChangeEffect), ServiceError> {
         for attempt in 0..MAX_AUTHORIZATION_ATTEMPTS {
             let _turn = self.commit_handle.lock_for_change(action, attempt).await;
-            let mut asked = caller.authorize(&self.engine)?;
-            let (change, expect, reach) = make(&mut asked)?;
+            let mut authorization = caller.authorize(&self.engine)?;
+            let (change, expect, reach) = make(&mut authorization)?;
             if self.find_unchanged_record(&change).is_some() {
-                // Another replica may have changed it since.
+                // Another replica may have changed the record since.
                 self.commit_handle.wait_caught_up().await?;
                 match self.find_unchanged_record(&change) {
                     Some(recorded) => return Ok((recorded, ChangeEffect::Restricts { is_repeat: true })),
@@ -172,10 +176,11 @@ impl MembershipOperations {
                 }
             }
             let limits = self.keys.limits_for_action(action, self.only_restricts(&change, expect));
-            let write = WriteRequest { limits, ..asked.into_write(change, expect, action, self.clock.now()) };
+            let write =
+                WriteRequest { limits, ..authorization.into_write(change, expect, action, self.clock.now()) };
             match self.commit_handle.write(write).await {
                 Ok(WriteOutcome::Applied(change)) => return Ok((change, reach)),
-                // The index does not know yet of what another replica has changed.
+                // The index lags behind another replica's change.
                 Ok(WriteOutcome::Replayed(_))
                 | Err(WriteError::Rejected(
                     WriteRejection::Conflict | WriteRejection::AuthorizationChanged,
@@ -188,10 +193,10 @@ impl MembershipOperations {
         Err(ServiceError::Contended)
     }
 
-    /// Makes a role, or changes what it grants.
+    /// Creates a role, or replaces its scopes.
     ///
     /// # Errors
-    /// When the caller could not grant its scopes, old or new, or the account does not exist for it.
+    /// If the caller could not grant the old or the new scopes, or the account does not exist for it.
     pub(crate) async fn put_role(
         &self,
         caller: &Caller,
@@ -200,15 +205,15 @@ impl MembershipOperations {
         scopes: ScopeSet,
     ) -> Result<(Arc<Role>, ChangeEffect), ServiceError> {
         let change = self
-            .commit_change(caller, AuditAction::RolePut, |asked| {
-                self.check_role_change(asked, account.as_ref())?;
-                asked.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
-                self.check_grant(asked, account.as_ref(), &scopes)?;
+            .commit_change(caller, AuditAction::RolePut, |authorization| {
+                self.check_role_change(authorization, account.as_ref())?;
+                authorization.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
+                self.check_grant(authorization, account.as_ref(), &scopes)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
-                // What the name grants so far, possibly by a global role that this one hides.
-                let held = asked.role_scopes(account.as_ref(), &name);
-                self.check_grant(asked, account.as_ref(), &held)?;
-                // A new one may stand before a global one that this process knows an older state of.
+                // The scopes that the name grants so far, possibly by a global role that the new one hides.
+                let held = authorization.role_scopes(account.as_ref(), &name);
+                self.check_grant(authorization, account.as_ref(), &held)?;
+                // The new role may hide a global role of which this process has an older state.
                 let new = account.is_some() && before.is_none();
                 let reach = if new {
                     ChangeEffect::Restricts { is_repeat: false }
@@ -229,7 +234,7 @@ impl MembershipOperations {
     /// Deletes a role that nothing uses.
     ///
     /// # Errors
-    /// When there is none, it is in use, or the caller could not grant its scopes.
+    /// If the role does not exist or is in use, or the caller could not grant its scopes.
     pub(crate) async fn delete_role(
         &self,
         caller: &Caller,
@@ -237,12 +242,12 @@ impl MembershipOperations {
         name: RoleName,
     ) -> Result<Revision, ServiceError> {
         let change = self
-            .commit_change(caller, AuditAction::RoleDeleted, |asked| {
-                self.check_role_change(asked, account.as_ref())?;
-                asked.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
+            .commit_change(caller, AuditAction::RoleDeleted, |authorization| {
+                self.check_role_change(authorization, account.as_ref())?;
+                authorization.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
                 let before = before.ok_or(ServiceError::NotFound(ResourceKind::Role))?;
-                self.check_grant(asked, account.as_ref(), &before.scopes)?;
+                self.check_grant(authorization, account.as_ref(), &before.scopes)?;
                 let expect = Some(before.revision);
                 Ok((RecordChange::RoleDeleted(before), expect, ChangeEffect::Restricts { is_repeat: false }))
             })
@@ -253,10 +258,10 @@ impl MembershipOperations {
         }
     }
 
-    /// The roles of an account, global ones included; or the global ones alone.
+    /// Lists the roles of an account with the global ones, or the global ones alone.
     ///
     /// # Errors
-    /// When the account does not exist for the caller, or the store fails.
+    /// If the account does not exist for the caller, or the store fails.
     pub(crate) async fn list_roles(
         &self,
         caller: &Caller,
@@ -272,10 +277,10 @@ impl MembershipOperations {
         may_read().map(|()| roles)
     }
 
-    /// Makes a user a member, or gives the member another role.
+    /// Makes a user a member, or changes a member's role.
     ///
     /// # Errors
-    /// When there is no such role, or the caller could not grant what the old or the new one grants.
+    /// If the role does not exist, or the caller could not grant the old or the new role.
     pub(crate) async fn put_member(
         &self,
         caller: &Caller,
@@ -284,17 +289,17 @@ impl MembershipOperations {
         role: RoleName,
     ) -> Result<(Arc<AccountMember>, ChangeEffect), ServiceError> {
         let change = self
-            .commit_change(caller, AuditAction::MemberPut, |asked| {
-                self.check_account_change(asked, &account)?;
-                asked.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
-                let given = asked.role_scopes(Some(&account), &role);
-                self.check_grant(asked, Some(&account), &given)?;
+            .commit_change(caller, AuditAction::MemberPut, |authorization| {
+                self.check_account_change(authorization, &account)?;
+                authorization.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
+                let given = authorization.role_scopes(Some(&account), &role);
+                self.check_grant(authorization, Some(&account), &given)?;
                 let before = self.engine.index.member_record(&account, &user);
                 let mut reach = ChangeEffect::Grants;
                 if let Some(before) = &before {
-                    let held = asked.role_scopes(Some(&account), &before.role);
-                    self.check_grant(asked, Some(&account), &held)?;
-                    reach = self::scope_change_effect(&given, &held);
+                    let held = authorization.role_scopes(Some(&account), &before.role);
+                    self.check_grant(authorization, Some(&account), &held)?;
+                    reach = scope_change_effect(&given, &held);
                 }
                 let (account, user, role) = (account.clone(), user.clone(), role.clone());
                 let member = AccountMember { account, user, role, revision: Revision::default() };
@@ -307,25 +312,26 @@ impl MembershipOperations {
         }
     }
 
-    /// Ends a membership: the user's keys stop working in the account. When an operator's caller ends the last
-    /// one they are revoked too; an account's caller has no say over keys that reach beyond its account.
+    /// Ends a membership: the user's keys stop working in the account. If an operator's caller ends the last
+    /// membership, the user's keys are revoked too. An account's caller cannot revoke keys that work beyond its
+    /// account.
     ///
     /// # Errors
-    /// When the change is not recorded, or some of it may be. A call that was cut short between ending the last membership
-    /// and revoking the keys is finished by the same call again.
+    /// If the change is not recorded, or that is unknown. Repeating the call finishes one that was interrupted before
+    /// the keys were revoked.
     pub(crate) async fn remove_member(
         &self,
         caller: &Caller,
         account: AccountId,
         user: UserId,
     ) -> Result<MembershipEnd, ServiceError> {
-        let end = |asked: &mut Authorization<'_>| {
-            // Each person may leave.
-            match asked.caller.acting_user.as_ref() == Some(&user) {
-                true => self.check_account_visible(asked, &account)?,
-                false => self.check_account_change(asked, &account)?,
+        let end = |authorization: &mut Authorization<'_>| {
+            // A person may always leave.
+            match authorization.caller.acting_user.as_ref() == Some(&user) {
+                true => self.check_account_visible(authorization, &account)?,
+                false => self.check_account_change(authorization, &account)?,
             }
-            asked.caller.require_first_environment(&self.keys.environments().first().name)?;
+            authorization.caller.require_first_environment(&self.keys.environments().first().name)?;
             let before = self.engine.index.member_record(&account, &user);
             let before = before.ok_or(ServiceError::NotFound(ResourceKind::Member))?;
             let expect = Some(before.revision);
@@ -334,7 +340,7 @@ impl MembershipOperations {
         let mut removed = self.commit_change(caller, AuditAction::MemberRemoved, end).await;
         let mut recorded = Revision::default();
         if matches!(removed, Err(ServiceError::NotFound(ResourceKind::Member))) {
-            // Another replica may know of it; and what an earlier call has ended may not be in force everywhere.
+            // Another replica may know the member. Also, what an earlier call has ended may not be in force everywhere.
             recorded = self.store.log_head().await?.revision;
             self.commit_handle.wait_applied(recorded).await?;
             removed = self.commit_change(caller, AuditAction::MemberRemoved, end).await;
@@ -342,7 +348,7 @@ impl MembershipOperations {
         let mut revoked = Revision::default();
         let ended = match removed {
             Ok(_) | Err(ServiceError::NotFound(ResourceKind::Member)) => true,
-            // For a person who ended the own membership, the account exists no more.
+            // For an acting user who has left, the account no longer exists.
             Err(ServiceError::NotFound(ResourceKind::Account)) => caller.acting_user.as_ref() == Some(&user),
             Err(_) => false,
         };
@@ -361,14 +367,14 @@ impl MembershipOperations {
             Err(ServiceError::NotFound(ResourceKind::Member)) => {
                 Ok(MembershipEnd { revision: recorded, was_member: revoked > Revision::default() })
             }
-            Err(refusal) => Err(refusal),
+            Err(error) => Err(error),
         }
     }
 
-    /// A page of members, and where the next one begins.
+    /// Returns a page of members, and the user where the next page starts.
     ///
     /// # Errors
-    /// When the account does not exist for the caller, or the store fails.
+    /// If the account does not exist for the caller, or the store fails.
     pub(crate) async fn list_members(
         &self,
         caller: &Caller,

@@ -11,7 +11,7 @@ mod per_thread;
 mod prometheus_text;
 
 pub(crate) use counters::ShardedCounters;
-pub use histogram::HistogramSnapshot;
+pub(crate) use histogram::HistogramSnapshot;
 pub(crate) use histogram::ShardedHistograms;
 pub(crate) use per_thread::PerThread;
 pub(crate) use prometheus_text::{MetricKind, MetricsText};

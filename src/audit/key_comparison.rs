@@ -1,5 +1,7 @@
-//! Keys of the tables compared with the log. There are many more of them than of all other records, so a key whose row says
-//! exactly what its newest entry says is compared as text, and is not looked up again when planted rows are searched.
+//! Compares the key tables with the audit log.
+//!
+//! Keys outnumber all other records. If a key's row is exactly what its newest entry has, both are compared as text,
+//! and the search for planted rows skips the row.
 
 use std::collections::{HashMap, HashSet};
 
@@ -18,12 +20,13 @@ use super::{
     table_comparison::{TableComparison, compare},
 };
 
-/// How many keys are in memory at once.
+/// Keys in memory at once.
 const PAGE: usize = 500;
-/// How many ids are read at once.
+/// Ids that are read at once.
 const SCANNED: u32 = 5000;
 
-/// Whether an entry says exactly this of a key, as this version writes it. Another version may write the same differently.
+/// Whether an entry has exactly this key, as this version of Keyward encodes it. Another version may encode the same
+/// key differently.
 fn entry_matches_key(row: &LogEntry, key: &ApiKey, text: &mut Vec<u8>) -> bool {
     text.clear();
     text.extend_from_slice(br#"{"key":"#);
@@ -37,15 +40,15 @@ fn entry_matches_key(row: &LogEntry, key: &ApiKey, text: &mut Vec<u8>) -> bool {
 }
 
 impl TableComparison {
-    /// Compares keys with the newest entry of a page about each. `entries` are those about keys in their order; the page
-    /// must be known to be whole.
+    /// Compares keys with the newest entry of a page about each. `entries` are the page's entries about keys, in order.
+    /// The caller has verified the page.
     pub(super) async fn compare_key_entries(
         &mut self,
         store: &dyn Store,
         reader: &mut dyn BulkReader,
         mut entries: Vec<(KeyId, &LogEntry)>,
     ) -> Result<(), StoreError> {
-        // Of those about one key, the newest stays last, and is the one that is kept.
+        // Keep the newest entry about each key.
         entries.sort_by_key(|(id, _)| *id);
         entries.dedup_by(|next, kept| {
             let is_same = next.0 == kept.0;
@@ -66,7 +69,7 @@ impl TableComparison {
             Err(StoreError::Damaged(_)) => {
                 let stored = self.load_keys(store, &ids).await?;
                 for (id, row) in entries {
-                    // A key whose row contradicts itself was noted already.
+                    // A key with a damaged row was recorded already.
                     let Some(stored) = stored.get(&id) else { continue };
                     self.key_entry(id, row, stored.as_ref().map(|stored| &stored.key), &mut text);
                 }
@@ -76,7 +79,7 @@ impl TableComparison {
         Ok(())
     }
 
-    /// Compares a key with the newest entry of a page about it. `text` is room that is used again.
+    /// Compares a key with the newest entry of a page about it. `text` is a reused buffer.
     fn key_entry(&mut self, id: KeyId, row: &LogEntry, key: Option<&ApiKey>, text: &mut Vec<u8>) {
         match key {
             // A later entry is about it.
@@ -90,14 +93,14 @@ impl TableComparison {
     }
 
     fn compare_parsed(&mut self, id: KeyId, row: &LogEntry, key: Option<&ApiKey>) {
-        // What a newer version wrote is not compared by this one.
+        // An entry of a newer version may not parse; it is skipped.
         if let Ok(RecordChange::Key(logged)) = serde_json::from_str(&row.payload) {
             let found = compare(key, &*logged, |key| key.revision);
             self.add_comparison(format!("key {id}"), row.revision, &found);
         }
     }
 
-    /// The keys with these ids; those whose rows contradict themselves are noted and left out.
+    /// Loads the keys with these ids. Damaged rows are recorded as mismatches and left out.
     pub(super) async fn load_keys(
         &mut self,
         store: &dyn Store,
@@ -123,8 +126,8 @@ impl TableComparison {
         Ok(keys)
     }
 
-    /// Looks for keys that no entry has made. A row is believed without another look if it alone has the revision of an
-    /// entry that was found to say what the row says.
+    /// Looks for keys without an entry in the log. A row needs no second look if it alone has the revision of an entry
+    /// that it matches.
     pub(super) async fn find_planted_keys(
         &mut self,
         store: &dyn Store,
@@ -151,7 +154,7 @@ impl TableComparison {
         self.scan_keys(store, reader, archived, |_, _, revision| claimed_twice.contains(&revision)).await
     }
 
-    /// Goes through all keys, and looks closely at those that `is_suspect` names.
+    /// Scans all keys, and checks those for which `is_suspect` is true.
     async fn scan_keys(
         &mut self,
         store: &dyn Store,
@@ -178,7 +181,7 @@ impl TableComparison {
         self.check_keys_logged(store, archived, &suspects).await
     }
 
-    /// Reads keys whole, and requires an entry about each.
+    /// Loads keys and checks that each has an entry.
     async fn check_keys_logged(
         &mut self,
         store: &dyn Store,

@@ -2,7 +2,7 @@
 
 use crate::domain::time::Revision;
 
-/// Revisions from a first one on, a bit each.
+/// A set of revisions from `first` on, one bit each.
 #[derive(Debug)]
 pub(super) struct RevisionSet {
     first: u64,
@@ -18,7 +18,7 @@ impl RevisionSet {
         Revision(self.first)
     }
 
-    /// Adds a revision; whether it was not in the set. One before the first is never in it.
+    /// Adds a revision. Returns whether it was not in the set before; true for any revision before the first.
     pub(super) fn insert(&mut self, revision: Revision) -> bool {
         let Some((word, bit)) = self.word_and_bit(revision) else { return true };
         if word >= self.words.len() {
@@ -30,8 +30,8 @@ impl RevisionSet {
     }
 
     pub(super) fn contains(&self, revision: Revision) -> bool {
-        let place = self.word_and_bit(revision);
-        place.is_some_and(|(word, bit)| self.words.get(word).is_some_and(|word| word & bit != 0))
+        let position = self.word_and_bit(revision);
+        position.is_some_and(|(word, bit)| self.words.get(word).is_some_and(|word| word & bit != 0))
     }
 
     fn word_and_bit(&self, revision: Revision) -> Option<(usize, u64)> {

@@ -1,7 +1,7 @@
-//! Who calls Keyward, what they may do, and that nobody grants what they do not hold.
+//! The caller of an RPC: its identity, what it may see, and what it may grant.
 //!
-//! Callers are keys whose scopes lie under `keyward:`, and client certificates that the configuration grants such. How a caller proves who it is stands in `grpc/router.rs`;
-//! which RPC needs which permission, in `grpc/rpc.rs`.
+//! A caller is a key with scopes under `keyward:`, or a client certificate to which the configuration grants such
+//! scopes. Invariant: no caller grants what it does not hold.
 
 use std::{fmt::Display, net::IpAddr, sync::Arc};
 
@@ -22,25 +22,19 @@ use crate::{
     service_error::{ResourceKind, ServiceError},
 };
 
-/// A right over Keyward itself.
+/// A permission to use Keyward itself, granted by a reserved scope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Permission {
-    /// Ask Checks.
     Check,
-    /// Read keys.
     KeysRead,
-    /// Create and change keys.
     KeysWrite,
-    /// Read accounts.
     AccountsRead,
-    /// Create and change accounts.
     AccountsWrite,
-    /// Read the audit log.
     AuditRead,
 }
 
 impl Permission {
-    /// The reserved scope that grants it.
+    /// The reserved scope that grants the permission.
     #[must_use]
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
@@ -53,50 +47,48 @@ impl Permission {
         }
     }
 
-    /// Whether it is granted.
+    /// Whether these scopes grant the permission.
     #[must_use]
     pub(crate) fn is_granted_by(self, grants: &ScopeSet) -> bool {
         grants.covers_text(self.as_str())
     }
 }
 
-/// What a caller has proved itself by.
+/// The credential that a caller has proved.
 #[derive(Clone, Debug)]
 pub(crate) enum CallerIdentity {
-    /// A management key, and the digest of the token by which it is judged again.
+    /// A management key, and the digest of the token by which it is authenticated again.
     Key(KeyRef, TokenDigest),
-    /// Possession of a living token with this digest, in whatever state its key is: enough to revoke that key.
+    /// Possession of an unexpired token with this digest, whatever the state of its key. It suffices to revoke that
+    /// key.
     Possession(KeyRef, TokenDigest),
-    /// A client certificate. The configuration binds it to an account and to scopes, and to nothing else: it has no
-    /// environment, customers, networks, limits or expiry of its own, and belongs to no user.
+    /// A client certificate. The configuration binds it to an account and to scopes. It has no environment, customers,
+    /// networks, limits or expiry, and belongs to no user.
     Certificate(Arc<CertificateIdentity>),
 }
 
-/// A caller that has proved who it is.
+/// An authenticated caller of one RPC.
 #[derive(Clone, Debug)]
 pub(crate) struct Caller {
-    /// What it called with.
     pub(crate) identity: CallerIdentity,
-    /// The account it acts in.
+    /// The account that the caller acts in.
     pub(crate) account: AccountId,
-    /// What it is granted there, roles included.
+    /// The scopes that the caller has in the account, roles included.
     pub(crate) granted_scopes: ScopeSet,
-    /// The permission that its call needs.
+    /// The permission that the RPC requires.
     pub(crate) required_permission: Option<Permission>,
-    /// The person that an operator's caller calls for.
+    /// The person that an operator's caller acts for (`x-keyward-acting-user`).
     pub(crate) acting_user: Option<UserId>,
-    /// The person whom the log names, where the change is made for another reason than acting for one.
+    /// The person that the log names, if the change is not made on that person's behalf.
     pub(crate) logged_user: Option<UserId>,
-    /// The RPC that it called.
+    /// The RPC, such as `keyward.v1.KeyService/Revoke`.
     pub(crate) method: &'static str,
-    /// Where it called from.
     pub(crate) peer: Option<IpAddr>,
-    /// The call's id.
     pub(crate) request_id: Option<String>,
 }
 
 impl Caller {
-    /// The management key, of a caller with one.
+    /// The management key; `None` for a certificate.
     #[must_use]
     pub(crate) fn key(&self) -> Option<&KeyRef> {
         match &self.identity {
@@ -105,7 +97,7 @@ impl Caller {
         }
     }
 
-    /// Its key's id, or that of its identity.
+    /// The id of the key, or of the certificate's identity.
     #[must_use]
     pub(crate) fn id(&self) -> KeyId {
         match &self.identity {
@@ -114,48 +106,45 @@ impl Caller {
         }
     }
 
-    /// The id under which its idempotency keys are kept. Each person that it acts for has idempotency keys apart from all
-    /// others, and so has each account that a user key names: neither learns of requests made for another.
+    /// The id that scopes the caller's idempotency keys. Each acting user has a separate scope, and so has each account
+    /// that a user key names: neither learns of requests made for another.
     #[must_use]
     pub(crate) fn idempotency_scope(&self) -> KeyId {
         let names_account = self.key().is_some_and(|key| key.owner().user().is_some());
         if self.acting_user.is_none() && !names_account {
             return self.id();
         }
-        let person = self.acting_user.as_ref().map_or("", UserId::as_str);
-        KeyId::from_purpose(
-            "keyward-request-scope-1",
-            &[&self.id().to_string(), self.account.as_str(), person],
-        )
+        let user = self.acting_user.as_ref().map_or("", UserId::as_str);
+        KeyId::from_purpose("keyward-request-scope-1", &[&self.id().to_string(), self.account.as_str(), user])
     }
 
-    /// The environment that it is bound to.
+    /// The environment that the caller's key is bound to.
     #[must_use]
     pub(crate) fn environment(&self) -> Option<&EnvironmentName> {
         self.key().map(|key| key.environment())
     }
 
-    /// Whether it acts on every account.
+    /// Whether the caller belongs to the operator account, and so acts on every account.
     #[must_use]
     pub(crate) fn is_operator(&self) -> bool {
         self.account.is_operator()
     }
 
-    /// Whether it is granted the permission.
+    /// Whether the caller holds the permission.
     #[must_use]
     pub(crate) fn has_permission(&self, permission: Permission) -> bool {
         permission.is_granted_by(&self.granted_scopes)
     }
 
-    /// The caller as the log names it.
+    /// The caller as an actor of the audit log.
     #[must_use]
     pub(crate) fn actor(&self) -> Actor {
-        let who = match &self.identity {
+        let id = match &self.identity {
             CallerIdentity::Key(key, _) | CallerIdentity::Possession(key, _) => ActorId::Key(key.id()),
             CallerIdentity::Certificate(identity) => ActorId::Certificate(identity.actor_name().into()),
         };
         Actor {
-            id: who,
+            id,
             account: Some(self.account.clone()),
             acting_user: self.acting_user.clone().or_else(|| self.logged_user.clone()),
             origin: ChangeOrigin {
@@ -166,9 +155,9 @@ impl Caller {
         }
     }
 
-    /// Whether keys of this owner exist for the caller. User keys reach into every account of their user: to
-    /// others than operators and the user's own keys they do not exist, and while an operator's caller acts
-    /// for a person, to others than that person.
+    /// Whether keys of this owner are visible to the caller. User keys work in every account of their user, so only
+    /// operators and the user's own keys see them. While an operator's caller acts for a person, it sees that person's
+    /// user keys only.
     #[must_use]
     pub(crate) fn can_see_owner(&self, owner: &KeyOwner) -> bool {
         match (owner, &self.acting_user) {
@@ -180,10 +169,10 @@ impl Caller {
         }
     }
 
-    /// The account that is meant: the one named, or, for an account's caller, its own.
+    /// Resolves the account of a request: the named one or, for an account's caller, its own.
     ///
     /// # Errors
-    /// When an operator names none, or an account's caller another: that one does not exist for it.
+    /// If an operator names no account, or an account's caller names another one, which does not exist for it.
     pub(crate) fn resolve_account(&self, named: Option<AccountId>) -> Result<AccountId, ServiceError> {
         match named {
             Some(account) if self.is_operator() || account == self.account => Ok(account),
@@ -195,10 +184,7 @@ impl Caller {
         }
     }
 
-    /// Checks that the caller acts for itself, as calls over all accounts require.
-    ///
-    /// # Errors
-    /// If it acts for a person.
+    /// Checks that the caller acts for no person, as calls over all accounts require.
     pub(crate) fn require_no_acting_user(&self) -> Result<(), ServiceError> {
         if self.acting_user.is_none() {
             return Ok(());
@@ -208,10 +194,7 @@ impl Caller {
         Err(ServiceError::Forbidden("ROLE_LACKS_PERMISSION", message.to_owned()))
     }
 
-    /// Accounts are made and changed by operators.
-    ///
-    /// # Errors
-    /// When the caller is none.
+    /// Checks that the caller belongs to the operator account.
     pub(crate) fn require_operator(&self) -> Result<(), ServiceError> {
         if self.is_operator() {
             Ok(())
@@ -221,10 +204,10 @@ impl Caller {
         }
     }
 
-    /// Whether the caller could grant these scopes.
+    /// Checks that the caller could grant these scopes.
     ///
     /// # Errors
-    /// When one goes beyond what it holds; the message names it.
+    /// If a scope exceeds what the caller holds; the message names it.
     pub(crate) fn check_grant(&self, granted: &ScopeSet) -> Result<(), ServiceError> {
         let held =
             |scope: &Scope| (self.is_operator() && !scope.is_reserved()) || self.granted_scopes.covers(scope);
@@ -234,12 +217,12 @@ impl Caller {
         }
     }
 
-    /// Checks that the caller may grant rights without restrictions, as roles and memberships are. Its own key must not be
-    /// restricted to customers or networks. An account's caller must also have a key of the `first` environment that never
-    /// expires and has no limits.
+    /// Checks that the caller may grant rights that have no restrictions, as roles and memberships have none. Its key
+    /// must not be restricted to customers or networks. An account's caller also needs a key of the `first` environment
+    /// without expiry and limits.
     ///
     /// # Errors
-    /// When its rights are bound; the message says by what.
+    /// If the key is restricted; the message names the restriction.
     pub(crate) fn require_unrestricted_key(&self, first: &EnvironmentName) -> Result<(), ServiceError> {
         const RIGHT: &str = "a role or membership goes";
         let Some(own) = self.key() else { return Ok(()) };
@@ -258,11 +241,8 @@ impl Caller {
         }
     }
 
-    /// Whether the caller may change what holds in every environment, as roles and memberships do: among an account's
-    /// callers only keys of the first configured environment may.
-    ///
-    /// # Errors
-    /// When its key is of another environment.
+    /// Checks that the caller may change roles and memberships, which hold in every environment. An account's caller
+    /// needs a key of the first configured environment.
     pub(crate) fn require_first_environment(&self, first: &EnvironmentName) -> Result<(), ServiceError> {
         match self.environment() {
             Some(own) if own != first && !self.is_operator() => {
@@ -273,16 +253,16 @@ impl Caller {
         }
     }
 
-    /// Whether the caller could give a key these terms, which with its roles grant `granted`: nobody grants
-    /// what they do not hold, in any dimension. Operators may grant every scope outside `keyward:`, in every environment,
-    /// whatever limits their own key has.
+    /// Checks that the caller could grant a key this specification, whose scopes and roles together grant `granted`. A
+    /// caller grants nothing that exceeds its own key in any dimension. Operators may grant every scope outside
+    /// `keyward:`, in every environment, whatever limits their own key has.
     ///
     /// # Errors
-    /// When the terms go beyond the caller; the message says in what.
+    /// If the specification exceeds the caller; the message names the field.
     pub(crate) fn check_key_grant(
         &self,
         environment: &EnvironmentName,
-        terms: &KeySpec,
+        spec: &KeySpec,
         granted: &ScopeSet,
     ) -> Result<(), ServiceError> {
         self.check_grant(granted)?;
@@ -290,34 +270,34 @@ impl Caller {
             return beyond_caller_error("the environment goes", environment);
         }
         let Some(own) = self.key() else { return Ok(()) };
-        if is_later(terms.expires_at, own.expires_at()) {
+        if is_later(spec.expires_at, own.expires_at()) {
             return beyond_caller_error("the expiry goes", &"it must end no later");
         }
-        let customers = &terms.customers;
+        let customers = &spec.customers;
         if !own.customers().is_empty()
             && (customers.is_empty() || !customers.iter().all(|customer| own.customers().contains(customer)))
         {
             return beyond_caller_error("the customers go", &"they must be among them");
         }
-        let nets = &terms.allowed_cidrs;
+        let nets = &spec.allowed_cidrs;
         let within = |net: &ipnet::IpNet| own.allowed_cidrs().iter().any(|wide| wide.contains(net));
         if !own.allowed_cidrs().is_empty() && (nets.is_empty() || !nets.iter().all(within)) {
             return beyond_caller_error("the allowed networks go", &"they must lie within them");
         }
-        if self.is_operator() { Ok(()) } else { check_limits_within(own, terms) }
+        if self.is_operator() { Ok(()) } else { check_limits_within(own, spec) }
     }
 }
 
-/// Whether terms have limits at least as tight as each that the caller's own key has.
-fn check_limits_within(own: &KeyRef, terms: &KeySpec) -> Result<(), ServiceError> {
-    let kept = |bound| terms.rate_limits.iter().any(|limit| limit::is_rate_within(limit, bound));
+/// Checks that the specification limits at least as tightly as the caller's own key.
+fn check_limits_within(own: &KeyRef, spec: &KeySpec) -> Result<(), ServiceError> {
+    let kept = |bound| spec.rate_limits.iter().any(|limit| limit::is_rate_within(limit, bound));
     if let Some(bound) = own.rate_limits().iter().find(|bound| !kept(bound)) {
         let seconds = bound.window.as_secs_f64();
         let needed = format!("one must allow at most {} units at once and in {seconds} s", bound.limit);
         return beyond_caller_error("the rate limits go", &needed);
     }
     match own.quota() {
-        Some(bound) if !terms.quota.as_ref().is_some_and(|quota| limit::is_quota_within(quota, bound)) => {
+        Some(bound) if !spec.quota.as_ref().is_some_and(|quota| limit::is_quota_within(quota, bound)) => {
             let needed = format!("it must be at most {} units, in no shorter a period", bound.limit);
             beyond_caller_error("the quota goes", &needed)
         }
@@ -330,7 +310,7 @@ fn beyond_caller_error(what: &str, which: &dyn Display) -> Result<(), ServiceErr
     Err(ServiceError::Forbidden("GRANT_BEYOND_CALLER", message))
 }
 
-/// Whether `end` is later than `limit`; none is later than any.
+/// Whether `end` is later than `limit`. No end is later than any limit.
 fn is_later(end: Option<Timestamp>, limit: Option<Timestamp>) -> bool {
     match (end, limit) {
         (_, None) => false,

@@ -66,8 +66,7 @@ impl AccountOperations {
     }
 
     ///
-    /// # Errors
-    /// If the caller is no operator, or the id is taken.
+    /// Fails if the caller is no operator, or the id is taken.
     pub(crate) async fn create(
         &self,
         caller: &Caller,
@@ -101,8 +100,7 @@ impl AccountOperations {
     }
 
     ///
-    /// # Errors
-    /// If the account does not exist for the caller.
+    /// Fails if the account does not exist for the caller.
     pub(crate) async fn get(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
         let visible = caller.is_operator() || *id == caller.account;
         let found = if visible { self.store.get_account(id).await? } else { None };
@@ -189,8 +187,7 @@ impl AccountOperations {
 
     /// Changes an account's name, the longest life of its keys, or both.
     ///
-    /// # Errors
-    /// If the caller is no operator, or the account does not exist.
+    /// Fails if the caller is no operator, or the account does not exist.
     pub(crate) async fn update(
         &self,
         caller: &Caller,
@@ -213,8 +210,7 @@ impl AccountOperations {
 
     /// Denies every key of an account until it is resumed.
     ///
-    /// # Errors
-    /// If the caller is no operator, or the account does not exist or is the operator account.
+    /// Fails if the caller is no operator, or the account does not exist or is the operator account.
     pub(crate) async fn suspend(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
         caller.require_operator()?;
         if id.is_operator() {
@@ -231,8 +227,7 @@ impl AccountOperations {
 
     /// Allows the keys of a suspended account again.
     ///
-    /// # Errors
-    /// If the caller is no operator, or the account does not exist.
+    /// Fails if the caller is no operator, or the account does not exist.
     pub(crate) async fn resume(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
         let resumed = self
             .apply_edit(caller, id, AuditAction::AccountResumed, |account, _| {

@@ -1,5 +1,7 @@
-//! The admin pages, over HTTP/1.1: `/healthz` (the process lives), `/readyz` (it answers Checks) and `/metrics`
-//! (Prometheus text, see `metrics`). No secret is served here, and nothing can be changed.
+//! The admin pages over HTTP/1.1: `/healthz` (the process is alive), `/readyz` (it answers Checks) and `/metrics`
+//! (Prometheus text, see `metrics`).
+//!
+//! They expose no secret and change nothing.
 
 use std::{future::ready, sync::Arc};
 
@@ -23,7 +25,7 @@ pub(crate) async fn serve(
     http1::serve(listener, memory, page, stopping).await;
 }
 
-/// Serves the pages of a server that waits for its database, until this is dropped or `stopping` turns true.
+/// Serves the pages while the server waits for its database, until this is dropped or `stopping` turns true.
 pub(crate) async fn serve_not_ready(
     listener: TcpListener,
     memory: Arc<MemoryBudget>,
@@ -31,7 +33,10 @@ pub(crate) async fn serve_not_ready(
 ) {
     let page = |path: &str| match path {
         "/healthz" => PageResponse::from_text(StatusCode::OK, "ok\n"),
-        _ => PageResponse::from_text(StatusCode::SERVICE_UNAVAILABLE, "not ready: the database is away\n"),
+        _ => PageResponse::from_text(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "not ready: the database is unreachable\n",
+        ),
     };
     http1::serve(listener, memory, move |request: Parts| ready(page(request.uri.path())), stopping).await;
 }
@@ -43,6 +48,9 @@ fn render_page(path: &str, sources: &MetricsSources) -> PageResponse {
         "/readyz" if ready => PageResponse::from_text(StatusCode::OK, "ready\n"),
         "/readyz" => PageResponse::from_text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
         "/metrics" => PageResponse::from_text(StatusCode::OK, metrics::render_metrics(sources)),
-        _ => PageResponse::from_text(StatusCode::NOT_FOUND, "there are /healthz, /readyz and /metrics\n"),
+        _ => PageResponse::from_text(
+            StatusCode::NOT_FOUND,
+            "not found; the pages are /healthz, /readyz and /metrics\n",
+        ),
     }
 }

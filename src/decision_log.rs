@@ -1,9 +1,10 @@
-//! The decision log: what was decided about whom and why, and what was taken away by whom. Each line has an id, by
-//! which other logs can name it. No line ever holds a token.
+//! The decision log: records decisions of Checks and the gateway, and changes that restrict rights.
 //!
-//! Of decisions some are written down, as the settings say; of changes that take something away, all. Whoever decides
-//! hands a record over and goes on: what waits is bounded, and what finds no room is lost and counted. Here: which
-//! are written down, and what of them. `write`: where to. `narrowing`: which changes take something away.
+//! Each record has an id, by which other logs can refer to it. No record contains a token. Decisions are sampled by the
+//! settings; restricting changes are always recorded.
+//!
+//! A caller queues a record and continues. The queue is bounded; records that do not fit are dropped and counted.
+//! `writer` writes the records; `restrictions` finds the changes that restrict rights.
 
 mod queue;
 mod record;
@@ -37,7 +38,7 @@ pub use record::{DecisionInput, DecisionSource};
 pub use settings::{DecisionLogSettings, DecisionLogTarget};
 use writer::WriterThread;
 
-/// The way to the decision log; clones lead to the same one.
+/// A handle to the decision log; clones share one log.
 #[derive(Clone, Default)]
 pub struct DecisionLog(Option<Arc<DecisionLogState>>);
 
@@ -48,16 +49,16 @@ impl std::fmt::Debug for DecisionLog {
 }
 
 impl DecisionLog {
-    /// None is written down.
+    /// A log that records nothing.
     #[must_use]
     pub fn disabled() -> DecisionLog {
         DecisionLog(None)
     }
 
-    /// Opens the log. The second is to be ended last.
+    /// Opens the log. The writer must be stopped after everything that logs.
     ///
     /// # Errors
-    /// When the file cannot be opened, or the system gives no random number or no thread.
+    /// If the file cannot be opened, or the system provides no random number or no thread.
     pub fn open(
         settings: &DecisionLogSettings,
         clock: Arc<dyn Clock>,
@@ -74,28 +75,28 @@ impl DecisionLog {
             ids: RandomIds::with_seed(u64::from_be_bytes(random_bytes(entropy)?)),
             clock,
         });
-        let writing = WriterThread::start(&settings.target, waiting, Arc::downgrade(&log))?;
-        Ok((DecisionLog(Some(log.clone())), DecisionLogWriter { log, writer_thread: writing }))
+        let writer_thread = WriterThread::start(&settings.target, waiting, Arc::downgrade(&log))?;
+        Ok((DecisionLog(Some(log.clone())), DecisionLogWriter { log, writer_thread }))
     }
 
-    /// Writes a decision down, if it is one of those that are. Gives its id then.
+    /// Records the decision of a Check, if it is sampled. Returns the record's id.
     pub fn record_check<'a>(
         &self,
         reason: Reason,
-        facts: impl FnOnce() -> DecisionInput<'a>,
+        input: impl FnOnce() -> DecisionInput<'a>,
     ) -> Option<Uuid> {
-        self.record_if_sampled(reason == Reason::Ok, facts)
+        self.record_if_sampled(reason == Reason::Ok, input)
     }
 
-    /// The same of what the engine was not asked about.
+    /// Records a decision that was made without the engine, if it is sampled. Returns the record's id.
     pub(crate) fn record_if_sampled<'a>(
         &self,
         allowed: bool,
-        facts: impl FnOnce() -> DecisionInput<'a>,
+        input: impl FnOnce() -> DecisionInput<'a>,
     ) -> Option<Uuid> {
         let log = self.0.as_ref()?;
         let threshold = if allowed { log.allowed_threshold } else { log.denial_threshold };
-        // Most are not, and pay for nothing else.
+        // Most decisions are not sampled and must cost nothing else.
         if threshold == 0 || !log.ids.next_id().derive_independent().is_below(threshold) {
             return None;
         }
@@ -104,32 +105,32 @@ impl DecisionLog {
             return None;
         }
         let id = log.ids.next_id().uuid(now.as_millis());
-        log.enqueue(DecisionRecord::from_decision(id, now, &facts())).then_some(id)
+        log.enqueue(DecisionRecord::from_decision(id, now, &input())).then_some(id)
     }
 
-    /// What follows this process's commits, writing down what they take away before `follower` hears of them.
+    /// Wraps the listener of this process's commits: restricting changes are recorded before `inner` applies them.
     #[must_use]
     pub(crate) fn wrap_listener(
         &self,
-        follower: Arc<dyn ChangeListener>,
+        inner: Arc<dyn ChangeListener>,
         index: Arc<Index>,
     ) -> Arc<dyn ChangeListener> {
         match &self.0 {
             Some(log) if log.log_restricting_changes => {
-                Arc::new(restrictions::RestrictionListener::new(log.clone(), follower, index))
+                Arc::new(restrictions::RestrictionListener::new(log.clone(), inner, index))
             }
-            _ => follower,
+            _ => inner,
         }
     }
 
-    /// How many records were not written down for want of room, or since they could not be.
+    /// Number of records that were dropped because the queue was full or writing failed.
     #[must_use]
     pub(crate) fn dropped(&self) -> u64 {
         self.0.as_ref().map_or(0, |log| log.dropped.load(Ordering::Relaxed))
     }
 }
 
-/// What ends the log.
+/// Stops the log at the end of the process.
 pub struct DecisionLogWriter {
     log: Arc<DecisionLogState>,
     writer_thread: WriterThread,
@@ -142,16 +143,16 @@ impl std::fmt::Debug for DecisionLogWriter {
 }
 
 impl DecisionLogWriter {
-    /// Writes down what waits, as far as there is time.
-    pub async fn stop(self, patience: Duration) {
-        let DecisionLogWriter { log, writer_thread: writing } = self;
+    /// Writes the queued records, within the time limit.
+    pub async fn stop(self, timeout: Duration) {
+        let DecisionLogWriter { log, writer_thread } = self;
         let ended = async {
-            // The writer may have ended already: then there is nothing to tell it.
+            // The writer thread may have ended already.
             let _ = log.records.send(WriterMessage::Stop).await;
-            writing.join().await;
+            writer_thread.join().await;
         };
-        if tokio::time::timeout(patience, ended).await.is_err() {
-            tracing::warn!("the last decisions were not written down in time");
+        if tokio::time::timeout(timeout, ended).await.is_err() {
+            tracing::warn!("the last decisions were not written in time");
         }
     }
 }

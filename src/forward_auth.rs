@@ -1,6 +1,7 @@
-//! The gateway for proxies that ask over HTTP: nginx `auth_request`, Traefik ForwardAuth, Envoy's HTTP ext_authz.
-//! Each has a path of its own, since each tells of the request in headers of its own, and headers that a proxy does
-//! not set are the client's. nginx and Traefik remove headers by their own lists, not by what the reply names.
+//! The gateway's HTTP interface for proxies: nginx `auth_request`, Traefik ForwardAuth, Envoy's HTTP ext_authz.
+//!
+//! Each proxy has its own path, because each describes the original request in its own headers, and a header that the
+//! proxy does not set comes from the client. nginx and Traefik remove headers by their own lists, not by the reply.
 //!
 //! | path | of the request, in |
 //! |---|---|
@@ -8,7 +9,7 @@
 //! | `/auth/traefik` | `X-Forwarded-Method`, `X-Forwarded-Host`, `X-Forwarded-Uri` |
 //! | `/auth/envoy/…` | method, host and the rest of the path |
 //!
-//! The query of the first two may say what the route needs, in a rule's fields: `/auth/nginx?scope=monitors:read`.
+//! For the first two, the query may set the fields of a rule: `/auth/nginx?scope=monitors:read`.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -37,13 +38,13 @@ pub(crate) async fn serve(
     clock: Arc<dyn Clock>,
     stopping: watch::Receiver<bool>,
 ) {
-    let asker = AccountId::operator();
+    let requester = AccountId::operator();
     let page = move |request: Parts| {
-        let (gateway, asker) = (gateway.clone(), asker.clone());
+        let (gateway, requester) = (gateway.clone(), requester.clone());
         let peer = request.extensions.get::<SocketAddr>().map(|peer| peer.ip().to_canonical());
         let call = tracing.new_call(Some(&request.headers), peer, clock.now());
         trace::scope(call, async move {
-            let answer = authorize_request(&gateway, &asker, &request);
+            let answer = authorize_request(&gateway, &requester, &request);
             match tracing.start_span("forward_auth") {
                 Some(span) => answer.instrument(span).await,
                 None => answer.await,
@@ -53,7 +54,7 @@ pub(crate) async fn serve(
     http1::serve(listener, memory, page, stopping).await;
 }
 
-/// Which proxy asks.
+/// The kind of proxy that sends the request.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ProxyKind {
     Nginx,
@@ -61,10 +62,10 @@ enum ProxyKind {
     Envoy,
 }
 
-/// The request that a proxy asks about: method, host, target.
+/// The original request that the proxy asks about: method, host, target.
 struct OriginalRequest<'a>(&'a [u8], &'a [u8], &'a [u8]);
 
-async fn authorize_request(gateway: &Gateway, asker: &AccountId, request: &Parts) -> PageResponse {
+async fn authorize_request(gateway: &Gateway, requester: &AccountId, request: &Parts) -> PageResponse {
     let path = request.uri.path();
     let (proxy, original) = match path {
         "/auth/nginx" => (ProxyKind::Nginx, read_original_headers(&request.headers, "x-original", "uri")),
@@ -76,21 +77,21 @@ async fn authorize_request(gateway: &Gateway, asker: &AccountId, request: &Parts
             _ => {
                 return PageResponse::from_text(
                     StatusCode::NOT_FOUND,
-                    "there are /auth/nginx, /auth/traefik, /auth/envoy/…\n",
+                    "not found; the paths are /auth/nginx, /auth/traefik, /auth/envoy/…\n",
                 );
             }
         },
     };
-    let mut said = match proxy {
+    let mut overrides = match proxy {
         ProxyKind::Envoy => RouteOverrides::default(),
         ProxyKind::Nginx | ProxyKind::Traefik => read_route_overrides(gateway, request),
     };
     let OriginalRequest(method, host, target) = original.unwrap_or_else(|problem| {
-        said.problem.get_or_insert(problem);
+        overrides.problem.get_or_insert(problem);
         OriginalRequest(b"", b"", b"")
     });
     let headers = request.headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
-    let asked = ProxyRequest {
+    let original_request = ProxyRequest {
         protocol: ProxyProtocol::ForwardAuth,
         proxy_removes_headers: proxy == ProxyKind::Envoy,
         method,
@@ -100,7 +101,10 @@ async fn authorize_request(gateway: &Gateway, asker: &AccountId, request: &Parts
         client_source: ClientSource::LastForwarded,
         proxy_request_id: b"",
     };
-    render_reply(proxy, gateway.authorize(Requester::always_authorized(asker), &asked, said).await)
+    render_reply(
+        proxy,
+        gateway.authorize(Requester::always_authorized(requester), &original_request, overrides).await,
+    )
 }
 
 fn read_route_overrides(gateway: &Gateway, request: &Parts) -> RouteOverrides {
@@ -109,7 +113,7 @@ fn read_route_overrides(gateway: &Gateway, request: &Parts) -> RouteOverrides {
     read_extensions(fields, gateway.environments(), true)
 }
 
-/// The request that headers tell of, each given once.
+/// Reads the original request from headers, each of which must be present once.
 fn read_original_headers<'a>(
     headers: &'a HeaderMap,
     start: &str,
@@ -127,7 +131,7 @@ fn read_original_headers<'a>(
     Ok(OriginalRequest(one("method")?, one("host")?, one(uri)?))
 }
 
-/// The request itself, its path behind ours.
+/// The request itself, without the prefix of its path.
 fn read_original_path(request: &Parts) -> Result<OriginalRequest<'_>, String> {
     let target = request.uri.path_and_query().map(|target| target.as_str()).unwrap_or_default();
     let target = target.strip_prefix("/auth/envoy").unwrap_or_default();
@@ -153,20 +157,20 @@ fn render_reply(proxy: ProxyKind, reply: ProxyResponse) -> PageResponse {
     if passes {
         headers.extend(upstream);
         let name = match proxy {
-            // Envoy takes these from the request, and this header from the answer.
+            // Envoy removes these from the request, and this header from the reply.
             ProxyKind::Envoy => "x-envoy-auth-headers-to-remove",
-            // Others may look whether the credential is among them.
+            // Other proxies may check whether the credential is listed.
             ProxyKind::Nginx | ProxyKind::Traefik => "x-keyward-remove",
         };
         headers.push((name, remove.join(",")));
         return PageResponse { status: StatusCode::OK, headers, body: String::new() };
     }
     if proxy == ProxyKind::Nginx {
-        // It reads no body of such an answer, and keeps the connection only where there is none.
+        // nginx ignores the body, and keeps the connection open only without one.
         body.clear();
     }
     let status = match (proxy, status) {
-        // nginx passes on 401 and 403 alone, and makes a 500 of anything else.
+        // nginx passes on only 401 and 403, and turns other codes into 500.
         (ProxyKind::Nginx, 400 | 429) => {
             headers.push(("x-keyward-status", status.to_string()));
             403

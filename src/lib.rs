@@ -8,7 +8,7 @@
 //! | [`store`] | the `Store` contract, the backends, migrations, group commit; all SQL |
 //! | [`engine`] | Checks from memory: the index, limits, usage that is written later |
 //! | [`replication`] | replicas on one database: they apply the log, hold a lease, wait for each other |
-//! | [`caller`], [`service_error`] | who calls and what the caller may do; why a call fails |
+//! | [`caller`], [`service_error`] | the caller of an RPC and its rights; the errors of the use cases |
 //! | [`keys`], [`accounts`], [`membership`] | the use cases: what one transaction writes |
 //! | [`audit`] | the log as evidence: verification, the published head, archives |
 //! | [`gateway`] | the HTTP requests that proxies ask about: routes, credentials, responses |

@@ -195,8 +195,7 @@ impl MembershipOperations {
 
     /// Creates a role, or replaces its scopes.
     ///
-    /// # Errors
-    /// If the caller could not grant the old or the new scopes, or the account does not exist for it.
+    /// Fails if the caller could not grant the old or the new scopes, or the account does not exist for it.
     pub(crate) async fn put_role(
         &self,
         caller: &Caller,
@@ -233,8 +232,7 @@ impl MembershipOperations {
 
     /// Deletes a role that nothing uses.
     ///
-    /// # Errors
-    /// If the role does not exist or is in use, or the caller could not grant its scopes.
+    /// Fails if the role does not exist or is in use, or the caller could not grant its scopes.
     pub(crate) async fn delete_role(
         &self,
         caller: &Caller,
@@ -260,8 +258,7 @@ impl MembershipOperations {
 
     /// Lists the roles of an account with the global ones, or the global ones alone.
     ///
-    /// # Errors
-    /// If the account does not exist for the caller, or the store fails.
+    /// Fails if the account does not exist for the caller, or the store fails.
     pub(crate) async fn list_roles(
         &self,
         caller: &Caller,
@@ -273,14 +270,13 @@ impl MembershipOperations {
         };
         may_read()?;
         let roles = self.store.list_roles(account.as_ref()).await?;
-        // A person who left meanwhile reads nothing.
+        // An acting user that left meanwhile must read nothing.
         may_read().map(|()| roles)
     }
 
     /// Makes a user a member, or changes a member's role.
     ///
-    /// # Errors
-    /// If the role does not exist, or the caller could not grant the old or the new role.
+    /// Fails if the role does not exist, or the caller could not grant the old or the new role.
     pub(crate) async fn put_member(
         &self,
         caller: &Caller,
@@ -316,8 +312,7 @@ impl MembershipOperations {
     /// membership, the user's keys are revoked too. An account's caller cannot revoke keys that work beyond its
     /// account.
     ///
-    /// # Errors
-    /// If the change is not recorded, or that is unknown. Repeating the call finishes one that was interrupted before
+    /// Fails if the change is not recorded, or that is unknown. Repeating the call finishes one that was interrupted before
     /// the keys were revoked.
     pub(crate) async fn remove_member(
         &self,
@@ -348,7 +343,7 @@ impl MembershipOperations {
         let mut revoked = Revision::default();
         let ended = match removed {
             Ok(_) | Err(ServiceError::NotFound(ResourceKind::Member)) => true,
-            // For an acting user who has left, the account no longer exists.
+            // The account no longer exists for an acting user that has left.
             Err(ServiceError::NotFound(ResourceKind::Account)) => caller.acting_user.as_ref() == Some(&user),
             Err(_) => false,
         };
@@ -373,8 +368,7 @@ impl MembershipOperations {
 
     /// Returns a page of members, and the user where the next page starts.
     ///
-    /// # Errors
-    /// If the account does not exist for the caller, or the store fails.
+    /// Fails if the account does not exist for the caller, or the store fails.
     pub(crate) async fn list_members(
         &self,
         caller: &Caller,
@@ -385,7 +379,7 @@ impl MembershipOperations {
         let may_read = || self.check_account_visible(&mut caller.authorize(&self.engine)?, account);
         may_read()?;
         let mut members = self.store.list_members(account, after, size + 1).await?;
-        // A person who left meanwhile reads nothing.
+        // An acting user that left meanwhile must read nothing.
         may_read()?;
         let more = members.len() > size as usize;
         members.truncate(size as usize);

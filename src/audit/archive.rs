@@ -79,8 +79,7 @@ pub(crate) struct ArchiveSummary {
 
 /// Archives the entries made before an instant to a new file. Returns `None` if there are none.
 ///
-/// # Errors
-/// If the file cannot be written, the chain is broken, or the database fails.
+/// Fails if the file cannot be written, the chain is broken, or the database fails.
 pub(crate) async fn archive_log(
     store: &dyn Store,
     oldest_acknowledged: Revision,
@@ -136,8 +135,7 @@ pub(crate) async fn archive_log(
 
 /// The newest change that every replica has acknowledged; the highest revision possible if there are no replicas.
 ///
-/// # Errors
-/// If a replica is still loading, or the database may have lost the rows of some replicas.
+/// Fails if a replica is still loading, or the database may have lost the rows of some replicas.
 pub(crate) async fn min_acknowledged_revision(store: Arc<dyn Store>) -> Result<Revision, ArchiveError> {
     let Some(registry) = store.replica_registry() else { return Ok(Revision(u64::MAX)) };
     let snapshot = registry.list_replicas(&[]).await?;

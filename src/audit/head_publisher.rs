@@ -1,6 +1,6 @@
 //! Publishes the head of the audit log to the server's own log, every minute while it moves.
 //!
-//! A copy that is collected elsewhere allows the chain to be verified even against people who can change the database.
+//! With a copy collected elsewhere, the chain can be verified even if the database was tampered with.
 
 use std::{sync::Arc, time::Duration};
 

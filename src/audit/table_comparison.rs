@@ -1,7 +1,7 @@
 //! Compares the tables of the database with the audit log.
 //!
-//! A person who can write the database could restore an older row, delete a row, or plant one: anybody can compute a
-//! row's checksum. So each record must equal what the newest entry about it has.
+//! Somebody with write access to the database could restore an older row, delete a row, or plant one: anybody can
+//! compute a row's checksum. So each record must equal its newest entry.
 //!
 //! A record whose newest entry was archived cannot be compared; its row is trusted.
 
@@ -31,7 +31,7 @@ const PAGE: u32 = 500;
 pub(crate) struct RecordMismatch {
     /// The record, such as `key 0198…`.
     pub(crate) record: String,
-    /// Revision of the entry about the record; 0 if there is none.
+    /// Revision of the entry about the record; 0 if no entry is.
     pub(crate) revision: Revision,
     /// How the record differs, for people.
     pub(crate) problem: String,

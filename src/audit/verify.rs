@@ -90,8 +90,7 @@ impl VerificationReport {
 }
 
 ///
-/// # Errors
-/// If the range does not fit the log, or the store fails.
+/// Fails if the range does not fit the log, or the store fails.
 pub(crate) async fn verify_log(
     store: &dyn Store,
     options: VerifyOptions,

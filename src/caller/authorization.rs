@@ -41,8 +41,7 @@ pub(crate) struct Authorization<'e> {
 impl Caller {
     /// Evaluates the caller again, and starts an authorization with the records that this reads. Charges no limits.
     ///
-    /// # Errors
-    /// If the caller may no longer make this call, or the state is too old to decide.
+    /// Fails if the caller may no longer make this call, or the state is too old to decide.
     pub(crate) fn authorize<'e>(&self, engine: &'e Engine) -> Result<Authorization<'e>, ServiceError> {
         let mut reads = ReadSet::default();
         let caller = match &self.identity {
@@ -104,8 +103,7 @@ impl Authorization<'_> {
     /// Checks that the acting user, if any, may change the account: a member whose role holds the permission that the
     /// call requires.
     ///
-    /// # Errors
-    /// If the user is no member, for whom the account does not exist; or if the role lacks the permission.
+    /// Fails if the user is no member (then the account does not exist for it), or if the role lacks the permission.
     pub(crate) fn check_acting_user_change(&mut self, account: &AccountId) -> Result<(), ServiceError> {
         let Some(user) = self.caller.acting_user.clone() else { return Ok(()) };
         let held = self.member_scopes(account, &user).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
@@ -118,8 +116,7 @@ impl Authorization<'_> {
     /// Checks that the acting user, if any, may grant or withdraw these scopes in an account: reserved scopes only
     /// within the user's own role.
     ///
-    /// # Errors
-    /// If a scope exceeds the user's role; the message names it.
+    /// Fails if a scope exceeds the user's role; the message names it.
     pub(crate) fn check_acting_user_grant(
         &mut self,
         account: Option<&AccountId>,

@@ -171,8 +171,7 @@ impl Caller {
 
     /// Resolves the account of a request: the named one or, for an account's caller, its own.
     ///
-    /// # Errors
-    /// If an operator names no account, or an account's caller names another one, which does not exist for it.
+    /// Fails if an operator names no account, or an account's caller names another one, which does not exist for it.
     pub(crate) fn resolve_account(&self, named: Option<AccountId>) -> Result<AccountId, ServiceError> {
         match named {
             Some(account) if self.is_operator() || account == self.account => Ok(account),
@@ -206,8 +205,7 @@ impl Caller {
 
     /// Checks that the caller could grant these scopes.
     ///
-    /// # Errors
-    /// If a scope exceeds what the caller holds; the message names it.
+    /// Fails if a scope exceeds what the caller holds; the message names it.
     pub(crate) fn check_grant(&self, granted: &ScopeSet) -> Result<(), ServiceError> {
         let held =
             |scope: &Scope| (self.is_operator() && !scope.is_reserved()) || self.granted_scopes.covers(scope);
@@ -221,8 +219,7 @@ impl Caller {
     /// must not be restricted to customers or networks. An account's caller also needs a key of the `first` environment
     /// without expiry and limits.
     ///
-    /// # Errors
-    /// If the key is restricted; the message names the restriction.
+    /// Fails if the key is restricted; the message names the restriction.
     pub(crate) fn require_unrestricted_key(&self, first: &EnvironmentName) -> Result<(), ServiceError> {
         const RIGHT: &str = "a role or membership goes";
         let Some(own) = self.key() else { return Ok(()) };
@@ -257,8 +254,7 @@ impl Caller {
     /// caller grants nothing that exceeds its own key in any dimension. Operators may grant every scope outside
     /// `keyward:`, in every environment, whatever limits their own key has.
     ///
-    /// # Errors
-    /// If the specification exceeds the caller; the message names the field.
+    /// Fails if the specification exceeds the caller; the message names the field.
     pub(crate) fn check_key_grant(
         &self,
         environment: &EnvironmentName,
@@ -465,7 +461,7 @@ mod tests {
         assert_eq!(acme.resolve_account(None).unwrap().as_str(), "acme");
         assert!(
             caller("keyward", &["*"], |_| {}).resolve_account(None).is_err(),
-            "an operator must say which"
+            "an operator must name the account"
         );
     }
 

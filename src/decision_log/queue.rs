@@ -11,7 +11,7 @@ use crate::{clock::Clock, log_throttle::LogThrottle, trace::RandomIds};
 
 use super::record::DecisionRecord;
 
-/// How many records may wait, about 1 KB each.
+/// Records that may wait, about 1 KB each.
 pub(super) const QUEUE_CAPACITY: usize = 4096;
 
 pub(super) enum WriterMessage {

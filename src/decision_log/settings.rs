@@ -2,26 +2,26 @@
 
 use std::path::PathBuf;
 
-/// Where records go.
+/// The target that records are written to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DecisionLogTarget {
-    /// To the log, as target `keyward::decision`.
+    /// The server's log, under the target `keyward::decision`.
     Log,
-    /// To this file, as JSON, one a line.
+    /// A file with one JSON record per line.
     File(PathBuf),
 }
 
-/// Which decisions are written down, and where.
+/// Which decisions are recorded, and the target.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecisionLogSettings {
-    /// The share of denials, 0 to 1.
+    /// Sampling ratio of denials, 0 to 1.
     pub denial_ratio: f64,
-    /// How many denials in one second at the most.
+    /// Limit of recorded denials per second.
     pub denials_per_second: u32,
-    /// The share of allowed requests, 0 to 1.
+    /// Sampling ratio of allowed requests, 0 to 1.
     pub allowed_ratio: f64,
-    /// Whether changes that take something away are.
+    /// Whether changes that restrict rights are recorded.
     pub log_restricting_changes: bool,
-    /// Where records go.
+    /// The target that records are written to.
     pub target: DecisionLogTarget,
 }

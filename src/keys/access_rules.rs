@@ -37,8 +37,7 @@ impl KeyOperations {
             .ok_or(ServiceError::NotFound(ResourceKind::Key))
     }
 
-    /// Checks that the caller may read this owner's keys. For an acting user who is no member of the account they do
-    /// not exist.
+    /// Checks that the caller may read this owner's keys. They do not exist for an acting user outside of the account.
     pub(super) fn check_read(&self, caller: &Caller, owner: &KeyOwner) -> Result<(), ServiceError> {
         let mut authorization = caller.authorize(&self.engine)?;
         match authorization.acting_user_scopes(owner) {

@@ -1,6 +1,6 @@
 //! Bulk operations on keys: Import and BulkRevoke.
 //!
-//! Each key is a change of its own, and group commit puts many into one transaction. A key that fails does not stop the
+//! Each key is a separate change, and group commit puts many into one transaction. A key that fails does not stop the
 //! others.
 //!
 //! Invariant: a response is true for every key that it lists as done. If any outcome is unknown, the whole call fails,
@@ -45,7 +45,6 @@ pub(crate) struct KeyImport {
     pub(crate) hint: String,
 }
 
-/// The parameters of BulkRevoke.
 #[derive(Clone, Debug)]
 pub(crate) struct BulkRevocation {
     /// Selects the keys.
@@ -74,7 +73,6 @@ pub(crate) struct KeyRevocationResult {
     pub(crate) failure: Option<ServiceError>,
 }
 
-/// The result of BulkRevoke.
 #[derive(Debug)]
 pub(crate) struct BulkRevocationResult {
     /// The selected keys that were not revoked before.
@@ -88,8 +86,7 @@ pub(crate) struct BulkRevocationResult {
 impl KeyOperations {
     /// Imports keys that were issued elsewhere. The results are in the order of the keys.
     ///
-    /// # Errors
-    /// If it is unknown whether some keys were imported.
+    /// Fails if it is unknown whether some keys were imported.
     pub(crate) async fn import(
         &self,
         caller: &Caller,
@@ -150,8 +147,7 @@ impl KeyOperations {
 
     /// Revokes the selected keys that are not revoked yet, at most [`MAX_BULK_REVOKE`].
     ///
-    /// # Errors
-    /// If the caller may not, the store fails before anything was done, or it is unknown whether some keys were
+    /// Fails if the caller may not, the store fails before anything was done, or it is unknown whether some keys were
     /// revoked.
     pub(crate) async fn bulk_revoke(
         &self,
@@ -182,7 +178,7 @@ impl KeyOperations {
         self.commit_handle.wait_applied(recorded).await?;
         if bulk.dry_run {
             if let OwnerFilter::Account(account) = &bulk.filter.owner {
-                // A person who left meanwhile reads nothing.
+                // An acting user that left meanwhile must read nothing.
                 self.check_read(caller, &KeyOwner::Account(account.clone()))?;
             }
             let views = stored.into_iter().map(|stored| self.stored_key_details(stored));
@@ -218,17 +214,16 @@ impl KeyOperations {
         Ok(BulkRevocationResult { keys, has_more: more, wait_revision: recorded })
     }
 
-    /// Revokes every key of a user who is a member of no account. Returns the newest revocation, zero if there was
-    /// none, and the revision at which all of them are revoked, including earlier revocations.
+    /// Revokes every key of a user without memberships. Returns the newest revocation, zero if there was none, and the
+    /// revision at which all keys are revoked, including earlier revocations.
     ///
-    /// # Errors
-    /// If the store fails; earlier revocations stay.
+    /// Fails if the store fails; earlier revocations stay.
     pub(crate) async fn revoke_all_of_user(
         &self,
         caller: &Caller,
         user: &UserId,
     ) -> Result<(Revision, Revision), ServiceError> {
-        // The acting user ended the membership; the keys end with it, whoever owns them.
+        // The acting user ended the membership; the keys end with it, whatever their owner.
         let named_user = caller.acting_user.clone();
         let caller = Caller { acting_user: None, logged_user: named_user, ..caller.clone() };
         let filter = self.unrevoked_keys_filter(OwnerFilter::User(user.clone()));
@@ -289,8 +284,7 @@ impl KeyOperations {
 
     /// Counts how often a key was allowed and denied, in steps of `hours`.
     ///
-    /// # Errors
-    /// If the key does not exist for the caller, or the store fails.
+    /// Fails if the key does not exist for the caller, or the store fails.
     pub(crate) async fn usage_by_interval(
         &self,
         caller: &Caller,

@@ -95,8 +95,7 @@ impl KeyOperations {
 
     /// Changes fields of a key's specification.
     ///
-    /// # Errors
-    /// If the key is revoked, would be left without a grant, or the caller could not grant its scopes.
+    /// Fails if the key is revoked, would be left without a grant, or the caller could not grant its scopes.
     pub(crate) async fn update(
         &self,
         caller: &Caller,
@@ -178,8 +177,7 @@ impl KeyOperations {
 
     /// Allows a disabled key again.
     ///
-    /// # Errors
-    /// If the key is revoked, or the caller could not grant its scopes.
+    /// Fails if the key is revoked, or the caller could not grant its scopes.
     pub(crate) async fn enable(&self, caller: &Caller, id: KeyId) -> Result<KeyDetails, ServiceError> {
         let enabled = self.apply_edit(caller, id, AuditAction::KeyEnabled, None, |authorization, key, _| {
             ensure_not_revoked(key)?;
@@ -194,8 +192,7 @@ impl KeyOperations {
 
     /// Denies a key permanently.
     ///
-    /// # Errors
-    /// If the key does not exist for the caller.
+    /// Fails if the key does not exist for the caller.
     pub(crate) async fn revoke(
         &self,
         caller: &Caller,
@@ -220,8 +217,7 @@ impl KeyOperations {
 
     /// Gives a key a new token; the old one works for `overlap`.
     ///
-    /// # Errors
-    /// If the key is not active, or the caller could not grant its scopes.
+    /// Fails if the key is not active, or the caller could not grant its scopes.
     pub(crate) async fn rotate(
         &self,
         caller: &Caller,

@@ -124,7 +124,6 @@ impl KeyOperations {
         KeyOperations { store, commit_handle: writer, engine, clock, entropy, settings }
     }
 
-    /// The configured environments.
     #[must_use]
     pub(crate) fn environments(&self) -> &EnvironmentSet {
         &self.settings.environments
@@ -176,8 +175,7 @@ impl KeyOperations {
 
     /// The response to a request that was done before under the same idempotency key, if any.
     ///
-    /// # Errors
-    /// If another request used this idempotency key, or the store fails.
+    /// Fails if another request used this idempotency key, or the store fails.
     pub(crate) async fn find_replay(
         &self,
         caller: &Caller,
@@ -209,8 +207,7 @@ impl KeyOperations {
     }
 
     ///
-    /// # Errors
-    /// If the caller may not, the account does not exist, the name is taken, or the change is not recorded.
+    /// Fails if the caller may not, the account does not exist, the name is taken, or the change is not recorded.
     pub(crate) async fn create(
         &self,
         caller: &Caller,
@@ -267,8 +264,7 @@ impl KeyOperations {
     }
 
     ///
-    /// # Errors
-    /// If the key does not exist for the caller.
+    /// Fails if the key does not exist for the caller.
     pub(crate) async fn get(&self, caller: &Caller, id: KeyId) -> Result<KeyDetails, ServiceError> {
         let stored = self.find_visible(caller, id).await?;
         self.check_read(caller, &stored.key.owner)?;
@@ -289,7 +285,7 @@ impl KeyOperations {
         }
         let (stored, more) = self.read_page(filter, before, size).await?;
         if let OwnerFilter::Account(account) = &filter.owner {
-            // Checked after the read: a person who left meanwhile reads nothing.
+            // Checked after the read: an acting user that left meanwhile must read nothing.
             self.check_read(caller, &KeyOwner::Account(account.clone()))?;
         }
         let next = stored.last().filter(|_| more).map(|last| last.key.id);
@@ -298,8 +294,7 @@ impl KeyOperations {
 
     /// Finds the key that a token belongs to, and the version of its secret.
     ///
-    /// # Errors
-    /// If no such key exists for the caller.
+    /// Fails if no such key exists for the caller.
     pub(crate) async fn find_by_token(
         &self,
         caller: &Caller,

@@ -4,14 +4,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::per_thread::PerThread;
 
-/// Counters in a line: 128 bytes, since processors fetch lines of 64 bytes in pairs.
+/// Counters in a shard's line of 128 bytes; processors fetch lines of 64 bytes in pairs.
 const COUNTERS_PER_LINE: usize = 16;
 
 #[derive(Default)]
 #[repr(align(128))]
 struct CounterLine([AtomicU64; COUNTERS_PER_LINE]);
 
-/// A fixed number of counters, each told apart by its place.
+/// A fixed number of counters, addressed by index.
 pub(crate) struct ShardedCounters {
     shards: PerThread<Box<[CounterLine]>>,
     count: usize,
@@ -24,7 +24,7 @@ impl std::fmt::Debug for ShardedCounters {
 }
 
 impl ShardedCounters {
-    /// So many counters, all 0.
+    /// Creates `count` counters, all 0.
     #[must_use]
     pub(crate) fn new(count: usize) -> ShardedCounters {
         let lines = count.div_ceil(COUNTERS_PER_LINE);
@@ -34,12 +34,12 @@ impl ShardedCounters {
         }
     }
 
-    /// Adds to the counter at this place. One that is none counts nothing.
+    /// Adds to the counter at an index. An index out of range is ignored.
     pub(crate) fn add(&self, at: usize, more: u64) {
         counter(self.shards.local(), at).map(|counter| counter.fetch_add(more, Ordering::Relaxed));
     }
 
-    /// The counter at this place, over all threads.
+    /// Returns the counter at an index, summed over all threads.
     #[must_use]
     pub(crate) fn get(&self, at: usize) -> u64 {
         let each = self.shards.iter().filter_map(|lines| counter(lines, at));

@@ -4,43 +4,44 @@ use std::time::Duration;
 
 use super::counters::ShardedCounters;
 
-/// Durations, counted in buckets. The bounds are in nanoseconds, rising; what is longer than the last is counted apart.
+/// Histograms of durations with the same bucket bounds: nanoseconds, ascending. Longer durations are counted as
+/// overflow.
 #[derive(Debug)]
 pub(crate) struct ShardedHistograms<const BOUNDS: usize> {
     bounds: &'static [u64; BOUNDS],
     counters: ShardedCounters,
 }
 
-/// One histogram as it stands.
+/// The values of one histogram.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HistogramSnapshot {
-    /// How many were at most so long, in nanoseconds, and longer than the bound before.
+    /// Per bucket: its upper bound in nanoseconds, and the count above the previous bound.
     pub(crate) buckets: Vec<(u64, u64)>,
-    /// How many were longer.
+    /// Number of durations above the last bound.
     pub(crate) overflow: u64,
-    /// All of them together, in nanoseconds.
+    /// Sum of all durations, in nanoseconds.
     pub(crate) sum: u64,
 }
 
 impl<const BOUNDS: usize> ShardedHistograms<BOUNDS> {
-    /// The buckets, one for what is longer, and the sum.
+    /// The buckets, the overflow and the sum.
     const SLOTS_PER_HISTOGRAM: usize = BOUNDS + 2;
 
-    /// So many histograms with the same bounds.
+    /// Creates `count` histograms with the same bounds.
     #[must_use]
     pub(crate) fn new(count: usize, bounds: &'static [u64; BOUNDS]) -> Self {
         ShardedHistograms { bounds, counters: ShardedCounters::new(count * Self::SLOTS_PER_HISTOGRAM) }
     }
 
-    /// Notes a duration in the histogram at this place.
-    pub(crate) fn record(&self, at: usize, took: Duration) {
-        let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+    /// Records a duration in the histogram at an index.
+    pub(crate) fn record(&self, at: usize, duration: Duration) {
+        let nanos = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         let bucket = self.bounds.iter().position(|bound| nanos <= *bound).unwrap_or(BOUNDS);
         self.counters.add(at * Self::SLOTS_PER_HISTOGRAM + bucket, 1);
         self.counters.add(at * Self::SLOTS_PER_HISTOGRAM + BOUNDS + 1, nanos);
     }
 
-    /// The histogram at this place, over all threads.
+    /// Returns the histogram at an index, summed over all threads.
     #[must_use]
     pub(crate) fn snapshot(&self, at: usize) -> HistogramSnapshot {
         let counter = |of| self.counters.get(at * Self::SLOTS_PER_HISTOGRAM + of);

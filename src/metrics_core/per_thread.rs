@@ -1,4 +1,4 @@
-//! Things kept once for each of a few threads, in lines of their own.
+//! Values that are sharded by thread, each in its own cache line.
 
 use std::{
     cell::Cell,
@@ -6,15 +6,15 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-/// How many threads have one to themselves; where there are more, some share.
+/// Number of shards; more threads than this share shards.
 const SHARDS: usize = 32;
 
-/// 128 bytes, since processors fetch lines of 64 bytes in pairs.
+/// Aligned to 128 bytes, because processors fetch lines of 64 bytes in pairs.
 #[derive(Default)]
 #[repr(align(128))]
 struct CacheAligned<T>(T);
 
-/// A `T` for each of a few threads: two cores that change theirs at once do not pass one cache line to and fro.
+/// A `T` for each of a few threads, so that cores that write do not contend for a cache line.
 pub(crate) struct PerThread<T>(Box<[CacheAligned<T>]>);
 
 impl<T> fmt::Debug for PerThread<T> {
@@ -30,25 +30,25 @@ impl<T: Default> Default for PerThread<T> {
 }
 
 impl<T> PerThread<T> {
-    /// One for each, made by `make`.
+    /// Creates the value of each shard with `make`.
     #[must_use]
     pub(crate) fn new(mut make: impl FnMut() -> T) -> Self {
         PerThread((0..SHARDS).map(|_| CacheAligned(make())).collect())
     }
 
-    /// The calling thread's.
+    /// The shard of the calling thread.
     #[must_use]
     pub(crate) fn local(&self) -> &T {
         &self.0[thread_index() % SHARDS].0
     }
 
-    /// Every thread's.
+    /// All shards.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
         self.0.iter().map(|line| &line.0)
     }
 }
 
-/// The number of the calling thread: the first to ask is 0.
+/// The index of the calling thread; the first thread that asks is 0.
 fn thread_index() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local! {

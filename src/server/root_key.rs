@@ -1,5 +1,6 @@
-//! The root key: created at the first start of a database, and replaced by `keyward root-key reset`. A token that no key
-//! has, or a key whose token nobody has seen, is never left behind.
+//! Creates the root key at the first start of a database; `reset` replaces it.
+//!
+//! Invariant: no crash leaves a token without a key, or a key whose token nobody has.
 
 mod reset;
 mod token_file;
@@ -26,12 +27,12 @@ use crate::{
     store::{self, KeyFilter, OwnerFilter, Store},
 };
 
-/// The root key file of a first start whose standard output is no terminal: a log collector may read that.
+/// The default root key file, used if standard output is no terminal: a log collector may read that.
 const DEFAULT_ROOT_KEY_FILE: &str = "keyward-root.key";
-/// How many of the operator account's newest keys are looked at for the root key of a start that was killed.
+/// The number of the operator account's newest keys that are searched for the root key of a killed start.
 const MAX_ROOT_KEYS: u32 = 100;
 
-/// On the first start of a database: creates the operator account and its root key. Gives the token, unless it went to
+/// On the first start of a database, creates the operator account and its root key. Returns the token unless it went to
 /// a file.
 pub(super) async fn create_first_root_key(
     store: &dyn Store,
@@ -50,29 +51,29 @@ pub(super) async fn create_first_root_key(
     let root = keys::root_key::create_root_key(clock, entropy, &settings.key_settings, "keyward serve")?;
     let account =
         accounts::build_operator_account(clock.now()).context("the operator account has no name")?;
-    let kept = match RootKeyFile::write(file.as_deref(), &root.token) {
-        // Another replica was first; a file of the same name is its file.
+    let token_file = match RootKeyFile::write(file.as_deref(), &root.token) {
+        // Another replica was first, and the existing file is its file.
         Err(_) if !is_new().await? => return Ok(None),
-        kept => kept?,
+        written => written?,
     };
     let committed = store
         .commit(&[account, root.write])
         .await
-        .inspect_err(|error| kept.discard_unless_recorded(error))?;
+        .inspect_err(|error| token_file.discard_unless_recorded(error))?;
     let made = committed.outcomes.iter().all(Result::is_ok);
     if !made {
-        // Another replica was first, and has shown its key.
-        kept.discard();
+        // Another replica was first and has its own key.
+        token_file.discard();
         return Ok(None);
     }
-    kept.commit()?;
+    token_file.commit()?;
     if let Some(file) = &file {
-        tracing::info!(path = %file.display(), "the root key was created, and its token is in a file");
+        tracing::info!(path = %file.display(), "root key created; its token is in a file");
     }
     Ok(file.is_none().then_some(root.token))
 }
 
-/// Where the token of a first start goes; none = to standard output.
+/// The file for the token of a first start; `None` = standard output.
 fn root_key_path(settings: &ServerSettings) -> anyhow::Result<Option<PathBuf>> {
     let file = match &settings.root_key_file {
         Some(file) => file.clone(),
@@ -85,7 +86,7 @@ fn root_key_path(settings: &ServerSettings) -> anyhow::Result<Option<PathBuf>> {
     Ok(Some(std::path::absolute(file)?))
 }
 
-/// Gives the file of a first start its name, if that start was killed after its root key was recorded.
+/// Renames the token file of a first start that was killed after its root key was recorded.
 async fn recover_first_root_key(store: &dyn Store, file: &Path) -> anyhow::Result<()> {
     let new = private_file::append_suffix(file, ".new");
     if file.symlink_metadata().is_ok() || new.symlink_metadata().is_err() {
@@ -106,7 +107,7 @@ async fn recover_first_root_key(store: &dyn Store, file: &Path) -> anyhow::Resul
     let recorded = store.list_keys(&roots, None, MAX_ROOT_KEYS).await?;
     if recorded.iter().any(|stored| stored.key.secrets.iter().any(|secret| secret.digest == digest)) {
         std::fs::rename(&new, file)?;
-        tracing::info!(path = %file.display(), "the token of the root key is in a file");
+        tracing::info!(path = %file.display(), "the root key's token is in a file");
     }
     Ok(())
 }

@@ -11,13 +11,13 @@ use anyhow::{Context as _, bail};
 
 use crate::{domain::token::Token, private_file, store::CommitError};
 
-/// A token's file. The token is on disk under another name before the key is recorded, and gets its own name after that:
-/// a start that is killed in between loses no key, and the next one is not in its way.
+/// The file of a root key's token. The token is on disk under a temporary name before the key is recorded, and is
+/// renamed afterwards. A start that is killed in between loses no key and does not block the next start.
 pub(super) struct RootKeyFile(Option<PendingTokenFile>);
 
 struct PendingTokenFile {
     path: PathBuf,
-    /// The token under the name for a start that is not over. It is locked by that start.
+    /// Name of the file until the key is recorded. The start holds a lock on it.
     temporary_path: PathBuf,
     file: File,
 }
@@ -26,8 +26,8 @@ impl PendingTokenFile {
     fn create(path: &Path) -> anyhow::Result<PendingTokenFile> {
         if path.symlink_metadata().is_ok() {
             bail!(
-                "the root key file {} exists already and is not overwritten, and no root key was created; move it \
-                 away, or name another one with --root-key-file",
+                "the root key file {} exists and is not overwritten, so no root key was created; move it away, or \
+                 name another file with --root-key-file",
                 path.display()
             );
         }
@@ -39,7 +39,7 @@ impl PendingTokenFile {
         });
         let file = created.with_context(|| {
             let path = path.display();
-            format!("the root key file {path} cannot be created; name another one with --root-key-file")
+            format!("the root key file {path} cannot be created; name another file with --root-key-file")
         })?;
         Ok(PendingTokenFile { path: path.to_owned(), temporary_path: new, file })
     }
@@ -67,36 +67,36 @@ impl RootKeyFile {
         }
     }
 
-    /// Gives the file its name, once the key is recorded.
+    /// Renames the file, once the key is recorded.
     pub(super) fn commit(&self) -> anyhow::Result<()> {
         let Some(PendingTokenFile { path, temporary_path: new, .. }) = &self.0 else { return Ok(()) };
         std::fs::rename(new, path)
             .with_context(|| format!("the root key is in {}, which cannot be renamed", new.display()))
     }
 
-    /// Takes the file away after a commit that certainly failed. While it may have been recorded it stays.
+    /// Removes the file after a commit that certainly failed. If the key may be recorded, the file stays.
     pub(super) fn discard_unless_recorded(&self, error: &CommitError) {
         match (error, &self.0) {
             (CommitError::NotRecorded(_), _) => self.discard(),
             (CommitError::Unknown(_), Some(PendingTokenFile { temporary_path: new, .. })) => {
                 let path = new.display();
-                tracing::warn!(%path, "whether the root key was recorded is unknown; its file stays");
+                tracing::warn!(%path, "it is unknown whether the root key was recorded; its file stays");
             }
             (CommitError::Unknown(_), None) => {}
         }
     }
 
-    /// Takes the file away again: its token is no key.
+    /// Removes the file, whose token belongs to no key.
     pub(super) fn discard(&self) {
         if let Some(PendingTokenFile { temporary_path: new, .. }) = &self.0
             && let Err(error) = std::fs::remove_file(new)
         {
-            tracing::warn!(error = &error as &dyn std::error::Error, path = %new.display(), "a file was left");
+            tracing::warn!(error = &error as &dyn std::error::Error, path = %new.display(), "the file cannot be removed");
         }
     }
 }
 
-/// Removes the file of a start that was killed. Gives it locked, as long as which no other start removes one.
+/// Removes the file of a killed start. Returns it locked: while it is, no other start removes a file of this name.
 fn remove_abandoned(new: &Path) -> std::io::Result<Option<File>> {
     let left = match private_file::open_existing(new) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -105,7 +105,7 @@ fn remove_abandoned(new: &Path) -> std::io::Result<Option<File>> {
     left.try_lock()?;
     let inode = |found: std::fs::Metadata| (found.dev(), found.ino());
     if inode(left.metadata()?) != inode(std::fs::symlink_metadata(new)?) {
-        return Err(std::io::Error::other("another start creates it at the same time"));
+        return Err(std::io::Error::other("another start is creating it"));
     }
     std::fs::remove_file(new)?;
     Ok(Some(left))

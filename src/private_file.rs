@@ -128,7 +128,7 @@ fn open_no_follow(path: &Path, options: &OpenOptions) -> io::Result<File> {
     options.clone().custom_flags(flags).open(path).map_err(|error| {
         let is_link = error.raw_os_error() == Some(Errno::LOOP.raw_os_error());
         if is_link {
-            io::Error::other("it is a symbolic link; name the file that it points to")
+            io::Error::other("it is a symbolic link; name the file that it leads to")
         } else {
             error
         }

@@ -115,7 +115,7 @@ impl BoundSockets {
         let mut grpc = Vec::new();
         for listener in settings.grpc_listeners() {
             let tls = listener.tls.clone().map(|files| ListenerTls::load(files, b"h2")).transpose();
-            let tls = tls.with_context(|| format!("the listener {:?} cannot use TLS", listener.name))?;
+            let tls = tls.with_context(|| format!("the listener {:?} cannot speak TLS", listener.name))?;
             let may_be_exposed = settings.insecure || tls.is_some();
             let taken = bind_address(&listener.name, &listener.address, may_be_exposed).await?;
             grpc.push(PreparedListener { listener, socket: taken, tls });

@@ -26,7 +26,7 @@ impl PendingTokenFile {
     fn create(path: &Path) -> anyhow::Result<PendingTokenFile> {
         if path.symlink_metadata().is_ok() {
             bail!(
-                "the root key file {} exists and is not overwritten, so no root key was created; move it away, or \
+                "the root key file {} exists already and is not overwritten, so no root key was created; move it away, or \
                  name another file with --root-key-file",
                 path.display()
             );

@@ -14,7 +14,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// `reload` passes it at once, even if it is equal. `read` may block; `path` is for the log.
 pub(crate) async fn watch_file<T, E>(
     path: &Path,
-    known: T,
+    last_known: T,
     read: impl Fn() -> Result<T, E> + Clone + Send + 'static,
     take: impl Fn(&T),
     reload: watch::Receiver<()>,
@@ -22,13 +22,13 @@ pub(crate) async fn watch_file<T, E>(
     T: Clone + PartialEq + Send + 'static,
     E: std::error::Error + Send + 'static,
 {
-    watch_file_every(POLL_INTERVAL, path, known, read, take, reload).await;
+    watch_file_every(POLL_INTERVAL, path, last_known, read, take, reload).await;
 }
 
 async fn watch_file_every<T, E>(
     every: Duration,
     path: &Path,
-    mut known: T,
+    mut last_known: T,
     read: impl Fn() -> Result<T, E> + Clone + Send + 'static,
     take: impl Fn(&T),
     mut reload: watch::Receiver<()>,
@@ -36,7 +36,7 @@ async fn watch_file_every<T, E>(
     T: Clone + PartialEq + Send + 'static,
     E: std::error::Error + Send + 'static,
 {
-    let (mut before, mut readable) = (known.clone(), true);
+    let (mut before, mut readable) = (last_known.clone(), true);
     loop {
         let at_once = tokio::select! {
             () = tokio::time::sleep(every) => false,
@@ -55,9 +55,9 @@ async fn watch_file_every<T, E>(
             Err(_) => return,
         };
         readable = true;
-        if at_once || (found != known && found == before) {
+        if at_once || (found != last_known && found == before) {
             take(&found);
-            known.clone_from(&found);
+            last_known.clone_from(&found);
         }
         before = found;
     }

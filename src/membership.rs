@@ -125,12 +125,12 @@ impl MembershipOperations {
         let index = &self.engine.index;
         match change {
             RecordChange::Role(role) => {
-                let known = index.role_record(role.account.as_ref(), &role.name)?;
-                (known.scopes == role.scopes).then_some(RecordChange::Role(known))
+                let current = index.role_record(role.account.as_ref(), &role.name)?;
+                (current.scopes == role.scopes).then_some(RecordChange::Role(current))
             }
             RecordChange::Member(member) => {
-                let known = index.member_record(&member.account, &member.user)?;
-                (known.role == member.role).then_some(RecordChange::Member(known))
+                let current = index.member_record(&member.account, &member.user)?;
+                (current.role == member.role).then_some(RecordChange::Member(current))
             }
             _ => None,
         }
@@ -166,7 +166,7 @@ impl MembershipOperations {
         for attempt in 0..MAX_AUTHORIZATION_ATTEMPTS {
             let _turn = self.commit_handle.lock_for_change(action, attempt).await;
             let mut authorization = caller.authorize(&self.engine)?;
-            let (change, expect, reach) = make(&mut authorization)?;
+            let (change, expect, effect) = make(&mut authorization)?;
             if self.find_unchanged_record(&change).is_some() {
                 // Another replica may have changed the record since.
                 self.commit_handle.wait_caught_up().await?;
@@ -179,7 +179,7 @@ impl MembershipOperations {
             let write =
                 WriteRequest { limits, ..authorization.into_write(change, expect, action, self.clock.now()) };
             match self.commit_handle.write(write).await {
-                Ok(WriteOutcome::Applied(change)) => return Ok((change, reach)),
+                Ok(WriteOutcome::Applied(change)) => return Ok((change, effect)),
                 // The index lags behind another replica's change.
                 Ok(WriteOutcome::Replayed(_))
                 | Err(WriteError::Rejected(
@@ -214,18 +214,18 @@ impl MembershipOperations {
                 self.check_grant(authorization, account.as_ref(), &held)?;
                 // The new role may hide a global role of which this process has an older state.
                 let new = account.is_some() && before.is_none();
-                let reach = if new {
+                let effect = if new {
                     ChangeEffect::Restricts { is_repeat: false }
                 } else {
                     scope_change_effect(&scopes, &held)
                 };
                 let (account, name, scopes) = (account.clone(), name.clone(), scopes.clone());
                 let role = Role { account, name, scopes, revision: Revision::default() };
-                Ok((RecordChange::Role(Arc::new(role)), before.map(|before| before.revision), reach))
+                Ok((RecordChange::Role(Arc::new(role)), before.map(|before| before.revision), effect))
             })
             .await?;
         match change {
-            (RecordChange::Role(role), reach) => Ok((role, reach)),
+            (RecordChange::Role(role), effect) => Ok((role, effect)),
             _ => Err(ServiceError::Unavailable),
         }
     }
@@ -291,19 +291,19 @@ impl MembershipOperations {
                 let given = authorization.role_scopes(Some(&account), &role);
                 self.check_grant(authorization, Some(&account), &given)?;
                 let before = self.engine.index.member_record(&account, &user);
-                let mut reach = ChangeEffect::Grants;
+                let mut effect = ChangeEffect::Grants;
                 if let Some(before) = &before {
                     let held = authorization.role_scopes(Some(&account), &before.role);
                     self.check_grant(authorization, Some(&account), &held)?;
-                    reach = scope_change_effect(&given, &held);
+                    effect = scope_change_effect(&given, &held);
                 }
                 let (account, user, role) = (account.clone(), user.clone(), role.clone());
                 let member = AccountMember { account, user, role, revision: Revision::default() };
-                Ok((RecordChange::Member(Arc::new(member)), before.map(|before| before.revision), reach))
+                Ok((RecordChange::Member(Arc::new(member)), before.map(|before| before.revision), effect))
             })
             .await?;
         match change {
-            (RecordChange::Member(member), reach) => Ok((member, reach)),
+            (RecordChange::Member(member), effect) => Ok((member, effect)),
             _ => Err(ServiceError::Unavailable),
         }
     }
@@ -348,8 +348,8 @@ impl MembershipOperations {
             Err(_) => false,
         };
         if ended && caller.is_operator() && self.store.list_memberships(&user).await?.is_empty() {
-            let known = self.keys.revoke_all_of_user(caller, &user).await?;
-            (revoked, recorded) = (known.0, recorded.max(known.1));
+            let (newest, all_revoked) = self.keys.revoke_all_of_user(caller, &user).await?;
+            (revoked, recorded) = (newest, recorded.max(all_revoked));
         }
         match removed {
             Ok((RecordChange::MemberRemoved(member), _)) => {

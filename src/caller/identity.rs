@@ -286,8 +286,8 @@ impl Caller {
 
 /// Checks that the specification limits at least as tightly as the caller's own key.
 fn check_limits_within(own: &KeyRef, spec: &KeySpec) -> Result<(), ServiceError> {
-    let kept = |bound| spec.rate_limits.iter().any(|limit| limit::is_rate_within(limit, bound));
-    if let Some(bound) = own.rate_limits().iter().find(|bound| !kept(bound)) {
+    let is_within = |bound| spec.rate_limits.iter().any(|limit| limit::is_rate_within(limit, bound));
+    if let Some(bound) = own.rate_limits().iter().find(|bound| !is_within(bound)) {
         let seconds = bound.window.as_secs_f64();
         let needed = format!("one must allow at most {} units at once and in {seconds} s", bound.limit);
         return beyond_caller_error("the rate limits go", &needed);
@@ -347,10 +347,10 @@ mod tests {
     }
 
     fn can_grant(caller: &Caller, environment: &str, shape: fn(&mut KeySpec)) -> bool {
-        let mut terms = sample_key().spec;
-        terms.scopes = scopes(&["monitors:read"]);
-        shape(&mut terms);
-        caller.check_key_grant(&EnvironmentName::parse(environment).unwrap(), &terms, &terms.scopes).is_ok()
+        let mut spec = sample_key().spec;
+        spec.scopes = scopes(&["monitors:read"]);
+        shape(&mut spec);
+        caller.check_key_grant(&EnvironmentName::parse(environment).unwrap(), &spec, &spec.scopes).is_ok()
     }
 
     #[test]
@@ -359,10 +359,10 @@ mod tests {
         assert!(can_grant(&acme, "production", |_| {}));
         assert!(can_grant(&acme, "production", |t| t.scopes = scopes(&["keyward:keys:write"])));
         for beyond in ["*", "alerts:read", "keyward:*", "keyward:keys:read"] {
-            let mut terms = sample_key().spec;
-            terms.scopes = scopes(&[beyond]);
+            let mut spec = sample_key().spec;
+            spec.scopes = scopes(&[beyond]);
             assert!(
-                acme.check_key_grant(&sample_key().environment, &terms, &terms.scopes).is_err(),
+                acme.check_key_grant(&sample_key().environment, &spec, &spec.scopes).is_err(),
                 "{beyond}"
             );
         }
@@ -405,13 +405,13 @@ mod tests {
             |t| t.allowed_cidrs = vec!["0.0.0.0/0".parse().unwrap()],
         ];
         for loosen in looser {
-            let mut terms = sample_key().spec;
-            terms.scopes = scopes(&["monitors:read"]);
-            tight(&mut terms);
-            loosen(&mut terms);
+            let mut spec = sample_key().spec;
+            spec.scopes = scopes(&["monitors:read"]);
+            tight(&mut spec);
+            loosen(&mut spec);
             assert!(
-                bound.check_key_grant(&sample_key().environment, &terms, &terms.scopes).is_err(),
-                "{terms:?}"
+                bound.check_key_grant(&sample_key().environment, &spec, &spec.scopes).is_err(),
+                "{spec:?}"
             );
         }
         assert!(!can_grant(&bound, "staging", tight), "another environment");
@@ -434,10 +434,10 @@ mod tests {
         assert!(can_grant(&acme, "production", |_| {}) && can_grant(&acme, "staging", |_| {}));
         assert!(can_grant(&acme, "production", |t| t.scopes = scopes(&["keyward:keys:write"])));
         for beyond in ["*", "alerts:read", "keyward:*", "keyward:keys:read"] {
-            let mut terms = sample_key().spec;
-            terms.scopes = scopes(&[beyond]);
+            let mut spec = sample_key().spec;
+            spec.scopes = scopes(&[beyond]);
             assert!(
-                acme.check_key_grant(&sample_key().environment, &terms, &terms.scopes).is_err(),
+                acme.check_key_grant(&sample_key().environment, &spec, &spec.scopes).is_err(),
                 "{beyond}"
             );
         }

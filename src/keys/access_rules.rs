@@ -88,10 +88,10 @@ impl KeyOperations {
     ) -> Result<(), ServiceError> {
         let mut violations = InvalidFields::default();
         for (at, role) in roles.iter().enumerate() {
-            let known = authorization.resolve_role(owner.account(), role).is_some();
+            let exists = authorization.resolve_role(owner.account(), role).is_some();
             let problem =
                 format!("there is no role {:?} here; ListRoles returns the existing ones", role.as_str());
-            violations.add_if(!known, format_args!("{field}[{at}]"), problem);
+            violations.add_if(!exists, format_args!("{field}[{at}]"), problem);
         }
         violations.into_result()
     }

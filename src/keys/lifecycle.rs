@@ -61,26 +61,26 @@ impl KeyOperations {
             if let EditOutcome::Unchanged = edit {
                 // A recorded change is not in force until its commit is confirmed.
                 self.commit_handle.wait_applied(stored.key.revision).await?;
-                let reach = if action == AuditAction::KeyEnabled {
+                let effect = if action == AuditAction::KeyEnabled {
                     ChangeEffect::Grants
                 } else {
                     ChangeEffect::Restricts { is_repeat: true }
                 };
                 return Ok(ChangeResult::Applied(Box::new(KeyDetails {
-                    effect: reach,
+                    effect,
                     ..self.stored_key_details(stored)
                 })));
             }
             key.updated_at = now;
             let expect = Some(stored.key.revision);
-            let reach = edit_effect(&key, &stored.key, &edit);
+            let effect = edit_effect(&key, &stored.key, &edit);
             let limits = self.limits_for_action(action, only_restricts(&key, &stored.key));
             let write =
                 WriteRequest { limits, ..build_write(authorization, key, expect, action, now, once.clone()) };
             match self.commit_handle.write(write).await {
                 Ok(WriteOutcome::Applied(change)) => {
                     let view = self.key_details(into_key(change)?, &stored.last_used);
-                    return Ok(ChangeResult::Applied(Box::new(KeyDetails { effect: reach, ..view })));
+                    return Ok(ChangeResult::Applied(Box::new(KeyDetails { effect, ..view })));
                 }
                 Ok(WriteOutcome::Replayed(id)) => return Ok(ChangeResult::Replayed(id)),
                 Err(WriteError::Rejected(WriteRejection::Conflict)) => {}
@@ -156,13 +156,13 @@ impl KeyOperations {
     /// Denies a key in this process alone if the store is unavailable: the caller wants it stopped, and the record in
     /// memory names its owner.
     fn deny_locally(&self, caller: &Caller, id: KeyId, error: ServiceError, stop: Reason) -> ServiceError {
-        let known = match error {
+        let key = match error {
             ServiceError::Unavailable => self.engine.index.find_by_id(id),
             _ => None,
         };
-        let Some(known) = known.filter(|key| caller.can_see_owner(key.owner())) else { return error };
+        let Some(key) = key.filter(|key| caller.can_see_owner(key.owner())) else { return error };
         let authorized = caller.authorize(&self.engine);
-        match authorized.and_then(|mut authorization| self.check_write(&mut authorization, known.owner())) {
+        match authorized.and_then(|mut authorization| self.check_write(&mut authorization, key.owner())) {
             Ok(()) => {}
             // The response is the same as for an id that does not exist, which cannot be looked up either.
             Err(ServiceError::NotFound(_)) => return error,

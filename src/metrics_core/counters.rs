@@ -70,8 +70,8 @@ mod tests {
     #[test]
     fn no_two_threads_count_in_one_line() {
         let counters = ShardedCounters::new(1);
-        let place = || std::ptr::from_ref(counter(counters.shards.local(), 0).unwrap()) as usize;
-        let (here, there) = std::thread::scope(|scope| (place(), scope.spawn(place).join().unwrap()));
+        let address = || std::ptr::from_ref(counter(counters.shards.local(), 0).unwrap()) as usize;
+        let (here, there) = std::thread::scope(|scope| (address(), scope.spawn(address).join().unwrap()));
         assert!(here.abs_diff(there) >= 128, "{here:x} {there:x}");
     }
 }

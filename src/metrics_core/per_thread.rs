@@ -70,8 +70,8 @@ mod tests {
     #[test]
     fn no_two_threads_have_theirs_in_one_line() {
         let numbers = PerThread::<u64>::default();
-        let place = || std::ptr::from_ref(numbers.local()) as usize;
-        let (here, there) = std::thread::scope(|scope| (place(), scope.spawn(place).join().unwrap()));
+        let address = || std::ptr::from_ref(numbers.local()) as usize;
+        let (here, there) = std::thread::scope(|scope| (address(), scope.spawn(address).join().unwrap()));
         assert!(here.abs_diff(there) >= 128, "{here:x} {there:x}");
     }
 }

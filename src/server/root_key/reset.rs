@@ -127,8 +127,8 @@ impl RootKeyResetter<'_> {
         };
         let lost = args.lost.unwrap_or(newest);
         if lost != newest && !roots.contains(&lost) {
-            let known: Vec<_> = roots.iter().chain([&newest]).map(KeyId::to_string).collect();
-            bail!("--lost {lost} is no root key of this database; its root keys are {}", known.join(", "));
+            let root_ids: Vec<_> = roots.iter().chain([&newest]).map(KeyId::to_string).collect();
+            bail!("--lost {lost} is no root key of this database; its root keys are {}", root_ids.join(", "));
         }
         if let Some(file) = &settings.root_key_file {
             // Find out before anything is revoked.

@@ -57,8 +57,8 @@ impl RootKeyFile {
             return Ok(RootKeyFile(None));
         };
         let mut pending = PendingTokenFile::create(path)?;
-        let kept = pending.file.write_all(token.reveal().as_bytes());
-        match kept.and_then(|()| private_file::sync_to_disk(&pending.file, &pending.temporary_path)) {
+        let written = pending.file.write_all(token.reveal().as_bytes());
+        match written.and_then(|()| private_file::sync_to_disk(&pending.file, &pending.temporary_path)) {
             Ok(()) => Ok(RootKeyFile(Some(pending))),
             Err(error) => {
                 RootKeyFile(Some(pending)).discard();

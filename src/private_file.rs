@@ -75,7 +75,7 @@ pub(crate) fn replace_content(path: &Path, content: &[u8]) -> io::Result<()> {
 /// Creates a folder that only its owner can use.
 ///
 /// Fails if the folder exists, or the system refuses.
-pub(crate) fn create_dir(path: &Path) -> io::Result<()> {
+pub(crate) fn create_private_dir(path: &Path) -> io::Result<()> {
     DirBuilder::new().mode(0o700).create(path)
 }
 

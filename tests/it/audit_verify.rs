@@ -56,7 +56,11 @@ async fn an_entry_that_was_changed_or_taken_out_is_found() {
         ("DELETE FROM log WHERE revision = 7", 7, "is missing; the next one there is 8"),
         ("UPDATE log SET acting_user = 'NOT A USER\n' WHERE revision = 4", 4, "cannot be read"),
         ("DELETE FROM log WHERE revision > 9", 10, "should continue to"),
-        ("UPDATE meta SET head_hash = (SELECT hash FROM log WHERE revision = 2)", 0, "calls its head"),
+        (
+            "UPDATE meta SET head_hash = (SELECT hash FROM log WHERE revision = 2)",
+            0,
+            "the head that the database states",
+        ),
     ] {
         let (server, _) = populated_server().await;
         let head = newest(&server.root_client()).await.revision;

@@ -1,4 +1,6 @@
-//! What can be done with accounts. Only operators make and change them; an account's caller sees its own.
+//! The use cases of accounts.
+//!
+//! Only operators create and change accounts; an account's caller sees its own. Roles and members are in `membership`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -35,13 +37,13 @@ impl std::fmt::Debug for AccountOperations {
 }
 
 fn build_write(
-    asked: Authorization<'_>,
+    authorization: Authorization<'_>,
     account: Account,
     expect: Option<Revision>,
     action: AuditAction,
     at: Timestamp,
 ) -> WriteRequest {
-    asked.into_write(RecordChange::Account(Arc::new(account)), expect, action, at)
+    authorization.into_write(RecordChange::Account(Arc::new(account)), expect, action, at)
 }
 
 fn into_account(outcome: WriteOutcome) -> Result<Account, ServiceError> {
@@ -52,9 +54,8 @@ fn into_account(outcome: WriteOutcome) -> Result<Account, ServiceError> {
 }
 
 impl AccountOperations {
-    /// The use cases over a store and its writer.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         store: Arc<dyn Store>,
         writer: CommitHandle,
         engine: Arc<Engine>,
@@ -64,11 +65,9 @@ impl AccountOperations {
         AccountOperations { store, commit_handle: writer, engine, clock, entropy }
     }
 
-    /// Makes an account.
     ///
-    /// # Errors
-    /// When the caller is no operator, or the id is taken.
-    pub async fn create(
+    /// Fails if the caller is no operator, or the id is taken.
+    pub(crate) async fn create(
         &self,
         caller: &Caller,
         id: Option<AccountId>,
@@ -84,8 +83,8 @@ impl AccountOperations {
         let account = Account { longest_life, ..build_account(id, name, now)? };
         for attempt in 0..MAX_AUTHORIZATION_ATTEMPTS {
             let _turn = self.commit_handle.lock_for_change(AuditAction::AccountCreated, attempt).await;
-            let asked = caller.authorize(&self.engine)?;
-            let write = build_write(asked, account.clone(), None, AuditAction::AccountCreated, now);
+            let authorization = caller.authorize(&self.engine)?;
+            let write = build_write(authorization, account.clone(), None, AuditAction::AccountCreated, now);
             match self.commit_handle.write(write).await {
                 Ok(outcome) => return into_account(outcome),
                 Err(WriteError::Rejected(WriteRejection::Conflict)) => {
@@ -100,22 +99,17 @@ impl AccountOperations {
         Err(ServiceError::Contended)
     }
 
-    /// One account.
     ///
-    /// # Errors
-    /// When it does not exist for the caller.
-    pub async fn get(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
-        let seen = caller.is_operator() || *id == caller.account;
-        let found = if seen { self.store.get_account(id).await? } else { None };
+    /// Fails if the account does not exist for the caller.
+    pub(crate) async fn get(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
+        let visible = caller.is_operator() || *id == caller.account;
+        let found = if visible { self.store.get_account(id).await? } else { None };
         caller.authorize(&self.engine)?.check_account_visible(id)?;
         found.ok_or(ServiceError::NotFound(ResourceKind::Account))
     }
 
-    /// A page of accounts, and where the next one begins.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn list(
+    /// Returns a page of accounts, and the id where the next page starts.
+    pub(crate) async fn list(
         &self,
         caller: &Caller,
         after: Option<&AccountId>,
@@ -134,7 +128,7 @@ impl AccountOperations {
         Ok((accounts, next))
     }
 
-    /// The accounts of which a user is a member, in the order of their ids.
+    /// The accounts of a user's memberships, ordered by id.
     async fn list_accounts_of_user(
         &self,
         user: &UserId,
@@ -153,7 +147,7 @@ impl AccountOperations {
         Ok(accounts)
     }
 
-    /// Changes an account from its record as it stands; `edit` says whether anything changed.
+    /// Changes an account from its recorded state. `edit` returns whether it changed anything.
     async fn apply_edit(
         &self,
         caller: &Caller,
@@ -165,19 +159,19 @@ impl AccountOperations {
         for attempt in 0..MAX_AUTHORIZATION_ATTEMPTS {
             let _turn = self.commit_handle.lock_for_change(action, attempt).await;
             let before = self.get(caller, id).await?;
-            let mut asked = caller.authorize(&self.engine)?;
-            asked.check_acting_user_change(id)?;
+            let mut authorization = caller.authorize(&self.engine)?;
+            authorization.check_acting_user_change(id)?;
             let now = self.clock.now();
             let mut after = before.clone();
             if !edit(&mut after, now) {
-                // Recorded is not yet in force, while the answer to its commit is awaited.
+                // A recorded change is not in force until its commit is confirmed.
                 self.commit_handle.wait_applied(before.revision).await?;
                 return Ok(before);
             }
             after.updated_at = now;
             match self
                 .commit_handle
-                .write(build_write(asked, after, Some(before.revision), action, now))
+                .write(build_write(authorization, after, Some(before.revision), action, now))
                 .await
             {
                 Ok(outcome) => return into_account(outcome),
@@ -193,9 +187,8 @@ impl AccountOperations {
 
     /// Changes an account's name, the longest life of its keys, or both.
     ///
-    /// # Errors
-    /// When the caller is no operator, or there is no such account.
-    pub async fn update(
+    /// Fails if the caller is no operator, or the account does not exist.
+    pub(crate) async fn update(
         &self,
         caller: &Caller,
         id: &AccountId,
@@ -215,11 +208,10 @@ impl AccountOperations {
         .await
     }
 
-    /// Refuses every key of an account.
+    /// Denies every key of an account until it is resumed.
     ///
-    /// # Errors
-    /// When the caller is no operator, there is no such account, or it is the operator account.
-    pub async fn suspend(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
+    /// Fails if the caller is no operator, or the account does not exist or is the operator account.
+    pub(crate) async fn suspend(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
         caller.require_operator()?;
         if id.is_operator() {
             let message = "the operator account cannot be suspended: nobody could resume it";
@@ -233,17 +225,16 @@ impl AccountOperations {
         .await
     }
 
-    /// Ends what `suspend` began.
+    /// Allows the keys of a suspended account again.
     ///
-    /// # Errors
-    /// When the caller is no operator, or there is no such account.
-    pub async fn resume(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
+    /// Fails if the caller is no operator, or the account does not exist.
+    pub(crate) async fn resume(&self, caller: &Caller, id: &AccountId) -> Result<Account, ServiceError> {
         let resumed = self
             .apply_edit(caller, id, AuditAction::AccountResumed, |account, _| {
                 account.suspended_at.take().is_some()
             })
             .await?;
-        // A suspension that was not recorded ends with this too.
+        // This also ends a local suspension that was not recorded.
         self.engine.index.clear_local_suspension(id);
         Ok(resumed)
     }
@@ -266,9 +257,9 @@ fn build_account(id: AccountId, name: Option<DisplayName>, now: Timestamp) -> Re
     })
 }
 
-/// What records the operator account, at the first start.
+/// The write request that creates the operator account at the first start.
 #[must_use]
-pub fn build_operator_account(now: Timestamp) -> Option<WriteRequest> {
+pub(crate) fn build_operator_account(now: Timestamp) -> Option<WriteRequest> {
     let account =
         build_account(AccountId::operator(), DisplayName::parse("Keyward operators").ok(), now).ok()?;
     let change = RecordChange::Account(Arc::new(account));

@@ -1,5 +1,6 @@
-//! The one place that reads the clocks and the operating system's randomness. Everything else takes both as
-//! arguments, so that tests can hold time still and repeat chance.
+//! The only reader of the clocks and of the operating system's randomness.
+//!
+//! Everything else takes both as arguments, so that tests can stop time and repeat random values.
 
 use std::{
     sync::atomic::{AtomicI64, Ordering},
@@ -10,19 +11,19 @@ use rand::TryRng as _;
 
 use crate::domain::{lease::BootInstant, time::Timestamp};
 
-/// Tells the time.
+/// A source of the current time.
 pub trait Clock: Send + Sync + 'static {
-    /// The present instant of UTC.
+    /// The current time in UTC.
     fn now(&self) -> Timestamp;
 
-    /// The present instant of the boot clock. Leases are measured by it, and requests to a database take the time that
-    /// they take: so it runs, also where the wall clock stands for a test.
+    /// The current time of the boot clock, which measures leases. It runs even if a test stops the wall clock, because
+    /// requests to a database take real time.
     fn boottime(&self) -> BootInstant {
         boottime()
     }
 }
 
-/// `CLOCK_BOOTTIME` counts the time asleep too; other systems than Linux have the like as their monotonic clock.
+/// `CLOCK_BOOTTIME` includes the time that the machine sleeps; on other systems than Linux the monotonic clock does.
 fn boottime() -> BootInstant {
     #[cfg(target_os = "linux")]
     let clock = rustix::time::ClockId::Boottime;
@@ -36,17 +37,17 @@ fn boottime() -> BootInstant {
     BootInstant::from_nanos(nanos)
 }
 
-/// How fast the boot clock of a breakable build runs, in thousandths.
+/// Rate of the boot clock of a fault-injection build, in thousandths.
 #[cfg(keyward_breakable)]
 static BOOT_CLOCK_RATE: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1000);
 
-/// Lets the boot clock run faster or slower: so many thousandths of true time. To be told before anybody reads it.
+/// Sets the rate of the boot clock, in thousandths of real time. Must be called before the clock is read.
 #[cfg(keyward_breakable)]
 pub fn set_boot_clock_rate(thousandths: u64) {
     BOOT_CLOCK_RATE.store(thousandths, Ordering::Relaxed);
 }
 
-/// The machine's wall clock.
+/// The machine's wall clock and boot clock.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SystemClock;
 
@@ -58,18 +59,18 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock that stands still until it is moved; for tests.
+/// A clock for tests, which moves only by [`advance`](ManualClock::advance).
 #[derive(Debug)]
 pub struct ManualClock(AtomicI64);
 
 impl ManualClock {
-    /// A clock that stands at `now`.
+    /// Creates a clock that shows `now`.
     #[must_use]
     pub fn new(now: Timestamp) -> Self {
         ManualClock(AtomicI64::new(now.as_micros()))
     }
 
-    /// Moves the clock on.
+    /// Moves the clock forward.
     pub fn advance(&self, by: std::time::Duration) {
         let later = self.now().saturating_add(by);
         self.0.store(later.as_micros(), Ordering::SeqCst);
@@ -82,21 +83,20 @@ impl Clock for ManualClock {
     }
 }
 
-/// The source of randomness failed; nothing secret can be made.
+/// The source of randomness failed, so no secret can be generated.
 #[derive(Debug, thiserror::Error)]
-#[error("the operating system gave no random bytes")]
+#[error("the operating system provided no random bytes")]
 pub struct EntropyError(#[source] pub Box<dyn std::error::Error + Send + Sync>);
 
-/// Gives random bytes fit for secrets.
+/// A source of random bytes for secrets.
 pub trait EntropySource: Send + Sync + 'static {
-    /// Fills `bytes`.
+    /// Fills the buffer with random bytes.
     ///
-    /// # Errors
-    /// When the source fails; `bytes` must not be used then.
+    /// Fails if the source fails; `bytes` must not be used then.
     fn fill(&self, bytes: &mut [u8]) -> Result<(), EntropyError>;
 }
 
-/// The operating system's generator.
+/// The operating system's random number generator.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SystemEntropy;
 
@@ -106,10 +106,10 @@ impl EntropySource for SystemEntropy {
     }
 }
 
-/// `N` random bytes.
+/// Returns `N` random bytes.
 ///
 /// # Errors
-/// When the source fails.
+/// Fails if the source fails.
 pub fn random_bytes<const N: usize>(entropy: &dyn EntropySource) -> Result<[u8; N], EntropyError> {
     let mut bytes = [0; N];
     entropy.fill(&mut bytes)?;

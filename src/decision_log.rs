@@ -1,17 +1,18 @@
-//! The decision log: what was decided about whom and why, and what was taken away by whom. Each line has an id, by
-//! which other logs can name it. No line ever holds a token.
+//! The decision log: records decisions of Checks and the gateway, and changes that restrict rights.
 //!
-//! Of decisions some are written down, as the settings say; of changes that take something away, all. Whoever decides
-//! hands a record over and goes on: what waits is bounded, and what finds no room is lost and counted. Here: which
-//! are written down, and what of them. `write`: where to. `narrowing`: which changes take something away.
+//! Each record has an id, by which other logs can refer to it. No record contains a token. Decisions are sampled by the
+//! settings; restricting changes are always recorded.
+//!
+//! A caller queues a record and continues. The queue is bounded; records that do not fit are dropped and counted.
+//! `writer` writes the records; `restrictions` finds the changes that restrict rights.
 
+mod queue;
 mod record;
 mod restrictions;
+mod settings;
 mod writer;
 
 use std::{
-    net::IpAddr,
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -24,103 +25,22 @@ use uuid::Uuid;
 
 use crate::{
     clock::{Clock, EntropySource, random_bytes},
-    domain::{name::CustomerId, name::EnvironmentName, policy_decision::Reason, scope::Scope},
-    engine::{CheckOutcome, index::Index},
+    domain::policy_decision::Reason,
+    engine::index::Index,
     log_throttle::LogThrottle,
     store::group_commit::ChangeListener,
     trace::{RandomIds, sampling_threshold},
 };
 
+use queue::{DecisionLogState, QUEUE_CAPACITY, WriterMessage};
 use record::DecisionRecord;
-use writer::{WriterMessage, WriterThread};
+pub use record::{DecisionInput, DecisionSource};
+pub use settings::{DecisionLogSettings, DecisionLogTarget};
+use writer::WriterThread;
 
-/// How many records may wait, about 1 KB each.
-const QUEUE_CAPACITY: usize = 4096;
-
-/// Where records go.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DecisionLogTarget {
-    /// To the log, as target `keyward::decision`.
-    Log,
-    /// To this file, as JSON, one a line.
-    File(PathBuf),
-}
-
-/// Which decisions are written down, and where.
-#[derive(Clone, Debug, PartialEq)]
-pub struct DecisionLogSettings {
-    /// The share of denials, 0 to 1.
-    pub denial_ratio: f64,
-    /// How many denials in one second at the most.
-    pub denials_per_second: u32,
-    /// The share of allowed requests, 0 to 1.
-    pub allowed_ratio: f64,
-    /// Whether changes that take something away are.
-    pub log_restricting_changes: bool,
-    /// Where records go.
-    pub target: DecisionLogTarget,
-}
-
-/// Who asked for the decision.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DecisionSource {
-    /// A service, by Check.
-    Check,
-    /// Envoy, over gRPC.
-    ExtAuthz,
-    /// A proxy, over HTTP.
-    ForwardAuth,
-}
-
-impl DecisionSource {
-    const fn as_str(self) -> &'static str {
-        match self {
-            DecisionSource::Check => "check",
-            DecisionSource::ExtAuthz => "ext_authz",
-            DecisionSource::ForwardAuth => "forward_auth",
-        }
-    }
-}
-
-/// What is known of a decision.
-#[derive(Clone, Debug)]
-pub struct DecisionInput<'a> {
-    /// Who asked.
-    pub source: DecisionSource,
-    /// Whether the request may pass.
-    pub allowed: bool,
-    /// Why; one word of a closed set.
-    pub reason: &'static str,
-    /// What the engine said, where it was asked.
-    pub check_outcome: Option<&'a CheckOutcome>,
-    /// Where the call is made.
-    pub environment: Option<&'a EnvironmentName>,
-    /// The scopes that are needed.
-    pub required_scopes: &'a [Scope],
-    /// Whom the call is about.
-    pub customer: Option<&'a CustomerId>,
-    /// The end client's address.
-    pub client_ip: Option<IpAddr>,
-    /// The proxy's number for the request.
-    pub proxy_request_id: Option<&'a str>,
-    /// Whether a denial stops the request, or is only told.
-    pub is_shadow: bool,
-}
-
-/// The way to the decision log; clones lead to the same one.
+/// A handle to the decision log; clones share one log.
 #[derive(Clone, Default)]
 pub struct DecisionLog(Option<Arc<DecisionLogState>>);
-
-struct DecisionLogState {
-    records: mpsc::Sender<WriterMessage>,
-    dropped: AtomicU64,
-    denial_threshold: u64,
-    allowed_threshold: u64,
-    denial_throttle: LogThrottle,
-    log_restricting_changes: bool,
-    ids: RandomIds,
-    clock: Arc<dyn Clock>,
-}
 
 impl std::fmt::Debug for DecisionLog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -129,16 +49,16 @@ impl std::fmt::Debug for DecisionLog {
 }
 
 impl DecisionLog {
-    /// None is written down.
+    /// A log that records nothing.
     #[must_use]
     pub fn disabled() -> DecisionLog {
         DecisionLog(None)
     }
 
-    /// Opens the log. The second is to be ended last.
+    /// Opens the log. The writer must be stopped after everything that logs.
     ///
     /// # Errors
-    /// When the file cannot be opened, or the system gives no random number or no thread.
+    /// If the file cannot be opened, or the system provides no random number or no thread.
     pub fn open(
         settings: &DecisionLogSettings,
         clock: Arc<dyn Clock>,
@@ -155,28 +75,28 @@ impl DecisionLog {
             ids: RandomIds::with_seed(u64::from_be_bytes(random_bytes(entropy)?)),
             clock,
         });
-        let writing = WriterThread::start(&settings.target, waiting, Arc::downgrade(&log))?;
-        Ok((DecisionLog(Some(log.clone())), DecisionLogWriter { log, writer_thread: writing }))
+        let writer_thread = WriterThread::start(&settings.target, waiting, Arc::downgrade(&log))?;
+        Ok((DecisionLog(Some(log.clone())), DecisionLogWriter { log, writer_thread }))
     }
 
-    /// Writes a decision down, if it is one of those that are. Gives its id then.
+    /// Records the decision of a Check, if it is sampled. Returns the record's id.
     pub fn record_check<'a>(
         &self,
         reason: Reason,
-        facts: impl FnOnce() -> DecisionInput<'a>,
+        input: impl FnOnce() -> DecisionInput<'a>,
     ) -> Option<Uuid> {
-        self.record_if_sampled(reason == Reason::Ok, facts)
+        self.record_if_sampled(reason == Reason::Ok, input)
     }
 
-    /// The same of what the engine was not asked about.
-    pub fn record_if_sampled<'a>(
+    /// Records a decision that was made without the engine, if it is sampled. Returns the record's id.
+    pub(crate) fn record_if_sampled<'a>(
         &self,
         allowed: bool,
-        facts: impl FnOnce() -> DecisionInput<'a>,
+        input: impl FnOnce() -> DecisionInput<'a>,
     ) -> Option<Uuid> {
         let log = self.0.as_ref()?;
         let threshold = if allowed { log.allowed_threshold } else { log.denial_threshold };
-        // Most are not, and pay for nothing else.
+        // Most decisions are not sampled and must cost nothing else.
         if threshold == 0 || !log.ids.next_id().derive_independent().is_below(threshold) {
             return None;
         }
@@ -185,46 +105,32 @@ impl DecisionLog {
             return None;
         }
         let id = log.ids.next_id().uuid(now.as_millis());
-        log.enqueue(DecisionRecord::from_decision(id, now, &facts())).then_some(id)
+        log.enqueue(DecisionRecord::from_decision(id, now, &input())).then_some(id)
     }
 
-    /// What follows this process's commits, writing down what they take away before `follower` hears of them.
+    /// Wraps the listener of this process's commits: restricting changes are recorded before `inner` applies them.
     #[must_use]
-    pub fn wrap_listener(
+    pub(crate) fn wrap_listener(
         &self,
-        follower: Arc<dyn ChangeListener>,
+        inner: Arc<dyn ChangeListener>,
         index: Arc<Index>,
     ) -> Arc<dyn ChangeListener> {
         match &self.0 {
             Some(log) if log.log_restricting_changes => {
-                Arc::new(restrictions::RestrictionListener::new(log.clone(), follower, index))
+                Arc::new(restrictions::RestrictionListener::new(log.clone(), inner, index))
             }
-            _ => follower,
+            _ => inner,
         }
     }
 
-    /// How many records were not written down for want of room, or since they could not be.
+    /// Number of records that were dropped because the queue was full or writing failed.
     #[must_use]
-    pub fn dropped(&self) -> u64 {
+    pub(crate) fn dropped(&self) -> u64 {
         self.0.as_ref().map_or(0, |log| log.dropped.load(Ordering::Relaxed))
     }
 }
 
-impl DecisionLogState {
-    fn enqueue(&self, record: DecisionRecord) -> bool {
-        let taken = self.records.try_send(WriterMessage::Record(Box::new(record))).is_ok();
-        if !taken {
-            self.add_dropped(1);
-        }
-        taken
-    }
-
-    fn add_dropped(&self, records: u64) {
-        self.dropped.fetch_add(records, Ordering::Relaxed);
-    }
-}
-
-/// What ends the log.
+/// Stops the log at the end of the process.
 pub struct DecisionLogWriter {
     log: Arc<DecisionLogState>,
     writer_thread: WriterThread,
@@ -237,16 +143,16 @@ impl std::fmt::Debug for DecisionLogWriter {
 }
 
 impl DecisionLogWriter {
-    /// Writes down what waits, as far as there is time.
-    pub async fn stop(self, patience: Duration) {
-        let DecisionLogWriter { log, writer_thread: writing } = self;
+    /// Writes the queued records, within the time limit.
+    pub async fn stop(self, timeout: Duration) {
+        let DecisionLogWriter { log, writer_thread } = self;
         let ended = async {
-            // The writer may have ended already: then there is nothing to tell it.
+            // The writer thread may have ended already.
             let _ = log.records.send(WriterMessage::Stop).await;
-            writing.join().await;
+            writer_thread.join().await;
         };
-        if tokio::time::timeout(patience, ended).await.is_err() {
-            tracing::warn!("the last decisions were not written down in time");
+        if tokio::time::timeout(timeout, ended).await.is_err() {
+            tracing::warn!("the last decisions were not written in time");
         }
     }
 }

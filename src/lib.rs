@@ -4,27 +4,27 @@
 //! # Modules
 //! | module | contents |
 //! |---|---|
-//! | [`domain`] | tokens, scopes, keys, the decision, the log, leases: values and pure functions without I/O or a clock |
-//! | [`store`] | the `Store` contract, the backends, migrations, group commit; all SQL |
-//! | [`engine`] | Checks from memory: the index, limits, usage that is written later |
-//! | [`replication`] | replicas on one database: they apply the log, hold a lease, wait for each other |
-//! | [`caller`], [`service_error`] | who calls and what the caller may do; why a call fails |
-//! | [`keys`], [`accounts`], [`membership`] | the use cases: what one transaction writes |
-//! | [`audit`] | the log as evidence: verification, the published head, archives |
-//! | [`gateway`] | the HTTP requests that proxies ask about: routes, credentials, responses |
-//! | [`transport`] | listeners: sockets, TLS, limits on connections and bytes; no protocol above them |
-//! | [`grpc`] | the gRPC services, their router and connections; the only module that builds a status |
-//! | [`forward_auth`] | the gateway for proxies that ask over HTTP |
-//! | [`admin`], [`metrics`], [`http1`] | `/healthz`, `/readyz`, `/metrics`; HTTP/1.1 for pages made from memory |
-//! | [`metrics_core`] | counters, histograms and the Prometheus text format; no metric is defined here |
-//! | [`server`], [`file_watcher`] | the composition root: ordered start and stop; files that are read again |
-//! | [`doctor`] | inspects a running deployment and its files, and reports what to fix; changes nothing |
-//! | [`cli`] | commands; its client side uses the generated client only |
-//! | [`clock`], [`config`] | the only readers of the clock, of randomness and of the environment |
-//! | [`trace`], [`decision_log`], [`telemetry`] | trace context and sampling; the decision log; outputs for logs and spans |
-//! | [`log_throttle`] | limits how often a line is logged |
-//! | [`private_file`] | creates files that only their owner can read, and follows no symbolic link |
-//! | [`pb`] | generated from `proto/` |
+//! | `domain` | tokens, scopes, keys, the decision, the log, leases: values and pure functions without I/O or a clock |
+//! | `store` | the `Store` contract, the backends, migrations, group commit; all SQL |
+//! | `engine` | Checks from memory: the index, limits, usage that is written later |
+//! | `replication` | replicas on one database: they apply the log, hold a lease, wait for each other |
+//! | `caller`, `service_error` | the caller of an RPC and its rights; the errors of the use cases |
+//! | `keys`, `accounts`, `membership` | the use cases: what one transaction writes |
+//! | `audit` | the log as evidence: verification, the published head, archives |
+//! | `gateway` | the HTTP requests that proxies ask about: routes, credentials, responses |
+//! | `transport` | listeners: sockets, TLS, limits on connections and bytes; no protocol above them |
+//! | `grpc` | the gRPC services, their router and connections; the only module that builds a status |
+//! | `forward_auth` | the gateway for proxies that ask over HTTP |
+//! | `admin`, `metrics`, `http1` | `/healthz`, `/readyz`, `/metrics`; HTTP/1.1 for pages made from memory |
+//! | `metrics_core` | counters, histograms and the Prometheus text format; no metric is defined here |
+//! | `server`, `file_watcher` | the composition root: ordered start and stop; files that are read again |
+//! | `doctor` | inspects a running deployment and its files, and reports what to fix; changes nothing |
+//! | `cli` | commands; its client side uses the generated client only |
+//! | `clock`, `config` | the only readers of the clock, of randomness and of the environment |
+//! | `trace`, `decision_log`, `telemetry` | trace context and sampling; the decision log; outputs for logs and spans |
+//! | `log_throttle` | limits how often a line is logged |
+//! | `private_file` | creates files that only their owner can read, and follows no symbolic link |
+//! | `pb` | generated from `proto/` |
 //!
 //! # Imports
 //! `cli → server → {grpc, forward_auth} → {transport, gateway, keys, accounts, membership, audit} → replication → engine →
@@ -38,10 +38,10 @@
 //! - A fault is never a verdict: if Keyward cannot decide, it returns an error, not a denial.
 //! - Zero, empty or missing never means "all".
 
-pub mod accounts;
-pub mod admin;
-pub mod audit;
-pub mod caller;
+pub(crate) mod accounts;
+pub(crate) mod admin;
+pub(crate) mod audit;
+pub(crate) mod caller;
 pub mod cli;
 pub mod clock;
 pub mod config;
@@ -49,21 +49,21 @@ pub mod decision_log;
 pub mod doctor;
 pub mod domain;
 pub mod engine;
-pub mod file_watcher;
-pub mod forward_auth;
+pub(crate) mod file_watcher;
+pub(crate) mod forward_auth;
 pub mod gateway;
 pub mod grpc;
 pub mod http1;
-pub mod keys;
-pub mod log_throttle;
-pub mod membership;
-pub mod metrics;
-pub mod metrics_core;
+pub(crate) mod keys;
+pub(crate) mod log_throttle;
+pub(crate) mod membership;
+pub(crate) mod metrics;
+pub(crate) mod metrics_core;
 pub mod pb;
-pub mod private_file;
+pub(crate) mod private_file;
 pub mod replication;
 pub mod server;
-pub mod service_error;
+pub(crate) mod service_error;
 pub mod store;
 pub mod telemetry;
 pub mod trace;

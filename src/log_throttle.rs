@@ -1,44 +1,44 @@
-//! A cap on how often something is said: clients choose how often there is something to say.
+//! Limits how often a log line is written when clients control how often its event happens.
 
 use std::sync::{Mutex, PoisonError};
 
 use crate::domain::time::Timestamp;
 
-/// Lets so many through in each second, minute or hour, and no more.
+/// Allows a number of events per second, minute or hour, and rejects the rest.
 #[derive(Debug)]
-pub struct LogThrottle {
+pub(crate) struct LogThrottle {
     limit: u32,
-    /// In seconds.
+    /// Length of a window, in seconds.
     period_seconds: i64,
     current_window: Mutex<(i64, u32)>,
 }
 
 impl LogThrottle {
-    /// At most so many a second.
+    /// Allows `limit` events per second.
     #[must_use]
-    pub fn per_second(most: u32) -> LogThrottle {
-        LogThrottle { limit: most, period_seconds: 1, current_window: Mutex::default() }
+    pub(crate) fn per_second(limit: u32) -> LogThrottle {
+        LogThrottle { limit, period_seconds: 1, current_window: Mutex::default() }
     }
 
-    /// One a minute.
+    /// Allows one event per minute.
     #[must_use]
-    pub fn once_per_minute() -> LogThrottle {
+    pub(crate) fn once_per_minute() -> LogThrottle {
         LogThrottle { limit: 1, period_seconds: 60, current_window: Mutex::default() }
     }
 
-    /// One an hour.
+    /// Allows one event per hour.
     #[must_use]
-    pub fn once_per_hour() -> LogThrottle {
+    pub(crate) fn once_per_hour() -> LogThrottle {
         LogThrottle { limit: 1, period_seconds: 3600, current_window: Mutex::default() }
     }
 
-    /// Whether this one is let through.
+    /// Counts an event at `now`. Returns whether it is allowed.
     #[must_use]
-    pub fn allow(&self, now: Timestamp) -> bool {
-        let this = now.as_micros().div_euclid(1_000_000 * self.period_seconds);
+    pub(crate) fn allow(&self, now: Timestamp) -> bool {
+        let window = now.as_micros().div_euclid(1_000_000 * self.period_seconds);
         let mut current = self.current_window.lock().unwrap_or_else(PoisonError::into_inner);
-        if current.0 != this {
-            *current = (this, 0);
+        if current.0 != window {
+            *current = (window, 0);
         }
         current.1 = current.1.saturating_add(1);
         current.1 <= self.limit

@@ -1,5 +1,7 @@
-//! What can be done with roles and members. Both carry rights, so nobody gives through them what they do not
-//! hold: neither by making a role, nor by giving one to a member.
+//! The use cases of roles and account members.
+//!
+//! Invariant: both carry scopes, so no caller grants through them what it does not hold, neither by changing a role nor
+//! by assigning one.
 
 use std::sync::Arc;
 
@@ -23,7 +25,7 @@ use crate::{
     },
 };
 
-/// What other scopes take away. The same once more may be a call that is made again.
+/// The effect of replacing a role's scopes. The same scopes again may be a retry.
 fn scope_change_effect(after: &ScopeSet, before: &ScopeSet) -> ChangeEffect {
     if after == before {
         ChangeEffect::Restricts { is_repeat: true }
@@ -34,14 +36,14 @@ fn scope_change_effect(after: &ScopeSet, before: &ScopeSet) -> ChangeEffect {
     }
 }
 
-/// What ending a membership came to.
+/// The result of ending a membership.
 #[derive(Clone, Copy, Debug)]
-pub struct MembershipEnd {
-    /// The revision by which it has ended, and by which the user's keys are revoked where it was the last one.
-    pub revision: Revision,
-    /// Whether this call ended anything. If not, an earlier one may have, whose outcome was unknown: its revision is waited
-    /// for too.
-    pub was_member: bool,
+pub(crate) struct MembershipEnd {
+    /// The revision at which the membership has ended and, if it was the last one, the user's keys are revoked.
+    pub(crate) revision: Revision,
+    /// Whether this call ended anything. If not, an earlier call with an unknown outcome may have; `revision` covers
+    /// that too.
+    pub(crate) was_member: bool,
 }
 
 /// The use cases of roles and members.
@@ -60,9 +62,8 @@ impl std::fmt::Debug for MembershipOperations {
 }
 
 impl MembershipOperations {
-    /// The use cases over a store, its writer and the engine that follows it.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         store: Arc<dyn Store>,
         writer: CommitHandle,
         engine: Arc<Engine>,
@@ -72,67 +73,70 @@ impl MembershipOperations {
         MembershipOperations { store, commit_handle: writer, engine, keys, clock }
     }
 
-    /// Whether the caller acts on the account, and it exists for the caller.
+    /// Checks that the account exists for the caller.
     fn check_account_visible(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         account: &AccountId,
     ) -> Result<(), ServiceError> {
-        asked.caller.resolve_account(Some(account.clone()))?;
-        asked.account(account).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
-        asked.check_account_visible(account)
+        authorization.caller.resolve_account(Some(account.clone()))?;
+        authorization.account(account).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
+        authorization.check_account_visible(account)
     }
 
-    /// Whether the caller may change roles and members of the account.
+    /// Checks that the caller may change roles and members of the account.
     fn check_account_change(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         account: &AccountId,
     ) -> Result<(), ServiceError> {
-        self.check_account_visible(asked, account)?;
-        asked.check_acting_user_change(account)
+        self.check_account_visible(authorization, account)?;
+        authorization.check_acting_user_change(account)
     }
 
-    /// Global roles are made and changed by operators, for themselves.
+    /// Checks that the caller may change a role. Only operators without an acting user change global roles.
     fn check_role_change(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         account: Option<&AccountId>,
     ) -> Result<(), ServiceError> {
         match account {
-            Some(account) => self.check_account_change(asked, account),
-            None => asked.caller.require_operator().and_then(|()| asked.caller.require_no_acting_user()),
+            Some(account) => self.check_account_change(authorization, account),
+            None => authorization
+                .caller
+                .require_operator()
+                .and_then(|()| authorization.caller.require_no_acting_user()),
         }
     }
 
-    /// Whether the caller could give and take what a role grants in an account.
+    /// Checks that the caller could grant and withdraw these scopes in an account.
     fn check_grant(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         account: Option<&AccountId>,
         scopes: &ScopeSet,
     ) -> Result<(), ServiceError> {
-        asked.caller.check_grant(scopes)?;
-        asked.check_acting_user_grant(account, scopes)
+        authorization.caller.check_grant(scopes)?;
+        authorization.check_acting_user_grant(account, scopes)
     }
 
-    /// The record, if a change would leave it as it is.
+    /// The recorded state, if a change would leave it as it is.
     fn find_unchanged_record(&self, change: &RecordChange) -> Option<RecordChange> {
         let index = &self.engine.index;
         match change {
             RecordChange::Role(role) => {
-                let known = index.role_record(role.account.as_ref(), &role.name)?;
-                (known.scopes == role.scopes).then_some(RecordChange::Role(known))
+                let current = index.role_record(role.account.as_ref(), &role.name)?;
+                (current.scopes == role.scopes).then_some(RecordChange::Role(current))
             }
             RecordChange::Member(member) => {
-                let known = index.member_record(&member.account, &member.user)?;
-                (known.role == member.role).then_some(RecordChange::Member(known))
+                let current = index.member_record(&member.account, &member.user)?;
+                (current.role == member.role).then_some(RecordChange::Member(current))
             }
             _ => None,
         }
     }
 
-    /// Whether a change of what is there gives nothing.
+    /// Whether a change of an existing record grants nothing.
     fn only_restricts(&self, change: &RecordChange, expect: Option<Revision>) -> bool {
         let index = &self.engine.index;
         match change {
@@ -149,8 +153,8 @@ impl MembershipOperations {
         }
     }
 
-    /// Writes a change that `make` authorizes from the current record, and retries if a record has moved. A change that
-    /// leaves the record as it is writes nothing.
+    /// Writes a change that `make` authorizes from the recorded state, and retries if a record has moved. A change
+    /// without effect writes nothing.
     async fn commit_change(
         &self,
         caller: &Caller,
@@ -161,10 +165,10 @@ impl MembershipOperations {
     ) -> Result<(RecordChange, ChangeEffect), ServiceError> {
         for attempt in 0..MAX_AUTHORIZATION_ATTEMPTS {
             let _turn = self.commit_handle.lock_for_change(action, attempt).await;
-            let mut asked = caller.authorize(&self.engine)?;
-            let (change, expect, reach) = make(&mut asked)?;
+            let mut authorization = caller.authorize(&self.engine)?;
+            let (change, expect, effect) = make(&mut authorization)?;
             if self.find_unchanged_record(&change).is_some() {
-                // Another replica may have changed it since.
+                // Another replica may have changed the record since.
                 self.commit_handle.wait_caught_up().await?;
                 match self.find_unchanged_record(&change) {
                     Some(recorded) => return Ok((recorded, ChangeEffect::Restricts { is_repeat: true })),
@@ -172,10 +176,11 @@ impl MembershipOperations {
                 }
             }
             let limits = self.keys.limits_for_action(action, self.only_restricts(&change, expect));
-            let write = WriteRequest { limits, ..asked.into_write(change, expect, action, self.clock.now()) };
+            let write =
+                WriteRequest { limits, ..authorization.into_write(change, expect, action, self.clock.now()) };
             match self.commit_handle.write(write).await {
-                Ok(WriteOutcome::Applied(change)) => return Ok((change, reach)),
-                // The index does not know yet of what another replica has changed.
+                Ok(WriteOutcome::Applied(change)) => return Ok((change, effect)),
+                // The index lags behind another replica's change.
                 Ok(WriteOutcome::Replayed(_))
                 | Err(WriteError::Rejected(
                     WriteRejection::Conflict | WriteRejection::AuthorizationChanged,
@@ -188,11 +193,10 @@ impl MembershipOperations {
         Err(ServiceError::Contended)
     }
 
-    /// Makes a role, or changes what it grants.
+    /// Creates a role, or replaces its scopes.
     ///
-    /// # Errors
-    /// When the caller could not grant its scopes, old or new, or the account does not exist for it.
-    pub async fn put_role(
+    /// Fails if the caller could not grant the old or the new scopes, or the account does not exist for it.
+    pub(crate) async fn put_role(
         &self,
         caller: &Caller,
         account: Option<AccountId>,
@@ -200,49 +204,48 @@ impl MembershipOperations {
         scopes: ScopeSet,
     ) -> Result<(Arc<Role>, ChangeEffect), ServiceError> {
         let change = self
-            .commit_change(caller, AuditAction::RolePut, |asked| {
-                self.check_role_change(asked, account.as_ref())?;
-                asked.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
-                self.check_grant(asked, account.as_ref(), &scopes)?;
+            .commit_change(caller, AuditAction::RolePut, |authorization| {
+                self.check_role_change(authorization, account.as_ref())?;
+                authorization.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
+                self.check_grant(authorization, account.as_ref(), &scopes)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
-                // What the name grants so far, possibly by a global role that this one hides.
-                let held = asked.role_scopes(account.as_ref(), &name);
-                self.check_grant(asked, account.as_ref(), &held)?;
-                // A new one may stand before a global one that this process knows an older state of.
+                // The scopes that the name grants so far, possibly by a global role that the new one hides.
+                let held = authorization.role_scopes(account.as_ref(), &name);
+                self.check_grant(authorization, account.as_ref(), &held)?;
+                // The new role may hide a global role of which this process has an older state.
                 let new = account.is_some() && before.is_none();
-                let reach = if new {
+                let effect = if new {
                     ChangeEffect::Restricts { is_repeat: false }
                 } else {
                     scope_change_effect(&scopes, &held)
                 };
                 let (account, name, scopes) = (account.clone(), name.clone(), scopes.clone());
                 let role = Role { account, name, scopes, revision: Revision::default() };
-                Ok((RecordChange::Role(Arc::new(role)), before.map(|before| before.revision), reach))
+                Ok((RecordChange::Role(Arc::new(role)), before.map(|before| before.revision), effect))
             })
             .await?;
         match change {
-            (RecordChange::Role(role), reach) => Ok((role, reach)),
+            (RecordChange::Role(role), effect) => Ok((role, effect)),
             _ => Err(ServiceError::Unavailable),
         }
     }
 
     /// Deletes a role that nothing uses.
     ///
-    /// # Errors
-    /// When there is none, it is in use, or the caller could not grant its scopes.
-    pub async fn delete_role(
+    /// Fails if the role does not exist or is in use, or the caller could not grant its scopes.
+    pub(crate) async fn delete_role(
         &self,
         caller: &Caller,
         account: Option<AccountId>,
         name: RoleName,
     ) -> Result<Revision, ServiceError> {
         let change = self
-            .commit_change(caller, AuditAction::RoleDeleted, |asked| {
-                self.check_role_change(asked, account.as_ref())?;
-                asked.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
+            .commit_change(caller, AuditAction::RoleDeleted, |authorization| {
+                self.check_role_change(authorization, account.as_ref())?;
+                authorization.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
                 let before = self.engine.index.role_record(account.as_ref(), &name);
                 let before = before.ok_or(ServiceError::NotFound(ResourceKind::Role))?;
-                self.check_grant(asked, account.as_ref(), &before.scopes)?;
+                self.check_grant(authorization, account.as_ref(), &before.scopes)?;
                 let expect = Some(before.revision);
                 Ok((RecordChange::RoleDeleted(before), expect, ChangeEffect::Restricts { is_repeat: false }))
             })
@@ -253,11 +256,10 @@ impl MembershipOperations {
         }
     }
 
-    /// The roles of an account, global ones included; or the global ones alone.
+    /// Lists the roles of an account with the global ones, or the global ones alone.
     ///
-    /// # Errors
-    /// When the account does not exist for the caller, or the store fails.
-    pub async fn list_roles(
+    /// Fails if the account does not exist for the caller, or the store fails.
+    pub(crate) async fn list_roles(
         &self,
         caller: &Caller,
         account: Option<AccountId>,
@@ -268,15 +270,14 @@ impl MembershipOperations {
         };
         may_read()?;
         let roles = self.store.list_roles(account.as_ref()).await?;
-        // A person who left meanwhile reads nothing.
+        // An acting user that left meanwhile must read nothing.
         may_read().map(|()| roles)
     }
 
-    /// Makes a user a member, or gives the member another role.
+    /// Makes a user a member, or changes a member's role.
     ///
-    /// # Errors
-    /// When there is no such role, or the caller could not grant what the old or the new one grants.
-    pub async fn put_member(
+    /// Fails if the role does not exist, or the caller could not grant the old or the new role.
+    pub(crate) async fn put_member(
         &self,
         caller: &Caller,
         account: AccountId,
@@ -284,48 +285,48 @@ impl MembershipOperations {
         role: RoleName,
     ) -> Result<(Arc<AccountMember>, ChangeEffect), ServiceError> {
         let change = self
-            .commit_change(caller, AuditAction::MemberPut, |asked| {
-                self.check_account_change(asked, &account)?;
-                asked.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
-                let given = asked.role_scopes(Some(&account), &role);
-                self.check_grant(asked, Some(&account), &given)?;
+            .commit_change(caller, AuditAction::MemberPut, |authorization| {
+                self.check_account_change(authorization, &account)?;
+                authorization.caller.require_unrestricted_key(&self.keys.environments().first().name)?;
+                let given = authorization.role_scopes(Some(&account), &role);
+                self.check_grant(authorization, Some(&account), &given)?;
                 let before = self.engine.index.member_record(&account, &user);
-                let mut reach = ChangeEffect::Grants;
+                let mut effect = ChangeEffect::Grants;
                 if let Some(before) = &before {
-                    let held = asked.role_scopes(Some(&account), &before.role);
-                    self.check_grant(asked, Some(&account), &held)?;
-                    reach = self::scope_change_effect(&given, &held);
+                    let held = authorization.role_scopes(Some(&account), &before.role);
+                    self.check_grant(authorization, Some(&account), &held)?;
+                    effect = scope_change_effect(&given, &held);
                 }
                 let (account, user, role) = (account.clone(), user.clone(), role.clone());
                 let member = AccountMember { account, user, role, revision: Revision::default() };
-                Ok((RecordChange::Member(Arc::new(member)), before.map(|before| before.revision), reach))
+                Ok((RecordChange::Member(Arc::new(member)), before.map(|before| before.revision), effect))
             })
             .await?;
         match change {
-            (RecordChange::Member(member), reach) => Ok((member, reach)),
+            (RecordChange::Member(member), effect) => Ok((member, effect)),
             _ => Err(ServiceError::Unavailable),
         }
     }
 
-    /// Ends a membership: the user's keys stop working in the account. When an operator's caller ends the last
-    /// one they are revoked too; an account's caller has no say over keys that reach beyond its account.
+    /// Ends a membership: the user's keys stop working in the account. If an operator's caller ends the last
+    /// membership, the user's keys are revoked too. An account's caller cannot revoke keys that work beyond its
+    /// account.
     ///
-    /// # Errors
-    /// When the change is not recorded, or some of it may be. A call that was cut short between ending the last membership
-    /// and revoking the keys is finished by the same call again.
-    pub async fn remove_member(
+    /// Fails if the change is not recorded, or that is unknown. Repeating the call finishes one that was interrupted before
+    /// the keys were revoked.
+    pub(crate) async fn remove_member(
         &self,
         caller: &Caller,
         account: AccountId,
         user: UserId,
     ) -> Result<MembershipEnd, ServiceError> {
-        let end = |asked: &mut Authorization<'_>| {
-            // Each person may leave.
-            match asked.caller.acting_user.as_ref() == Some(&user) {
-                true => self.check_account_visible(asked, &account)?,
-                false => self.check_account_change(asked, &account)?,
+        let end = |authorization: &mut Authorization<'_>| {
+            // A person may always leave.
+            match authorization.caller.acting_user.as_ref() == Some(&user) {
+                true => self.check_account_visible(authorization, &account)?,
+                false => self.check_account_change(authorization, &account)?,
             }
-            asked.caller.require_first_environment(&self.keys.environments().first().name)?;
+            authorization.caller.require_first_environment(&self.keys.environments().first().name)?;
             let before = self.engine.index.member_record(&account, &user);
             let before = before.ok_or(ServiceError::NotFound(ResourceKind::Member))?;
             let expect = Some(before.revision);
@@ -334,7 +335,7 @@ impl MembershipOperations {
         let mut removed = self.commit_change(caller, AuditAction::MemberRemoved, end).await;
         let mut recorded = Revision::default();
         if matches!(removed, Err(ServiceError::NotFound(ResourceKind::Member))) {
-            // Another replica may know of it; and what an earlier call has ended may not be in force everywhere.
+            // Another replica may know the member. Also, what an earlier call has ended may not be in force everywhere.
             recorded = self.store.log_head().await?.revision;
             self.commit_handle.wait_applied(recorded).await?;
             removed = self.commit_change(caller, AuditAction::MemberRemoved, end).await;
@@ -342,13 +343,13 @@ impl MembershipOperations {
         let mut revoked = Revision::default();
         let ended = match removed {
             Ok(_) | Err(ServiceError::NotFound(ResourceKind::Member)) => true,
-            // For a person who ended the own membership, the account exists no more.
+            // The account no longer exists for an acting user that has left.
             Err(ServiceError::NotFound(ResourceKind::Account)) => caller.acting_user.as_ref() == Some(&user),
             Err(_) => false,
         };
         if ended && caller.is_operator() && self.store.list_memberships(&user).await?.is_empty() {
-            let known = self.keys.revoke_all_of_user(caller, &user).await?;
-            (revoked, recorded) = (known.0, recorded.max(known.1));
+            let (newest, all_revoked) = self.keys.revoke_all_of_user(caller, &user).await?;
+            (revoked, recorded) = (newest, recorded.max(all_revoked));
         }
         match removed {
             Ok((RecordChange::MemberRemoved(member), _)) => {
@@ -361,15 +362,14 @@ impl MembershipOperations {
             Err(ServiceError::NotFound(ResourceKind::Member)) => {
                 Ok(MembershipEnd { revision: recorded, was_member: revoked > Revision::default() })
             }
-            Err(refusal) => Err(refusal),
+            Err(error) => Err(error),
         }
     }
 
-    /// A page of members, and where the next one begins.
+    /// Returns a page of members, and the user where the next page starts.
     ///
-    /// # Errors
-    /// When the account does not exist for the caller, or the store fails.
-    pub async fn list_members(
+    /// Fails if the account does not exist for the caller, or the store fails.
+    pub(crate) async fn list_members(
         &self,
         caller: &Caller,
         account: &AccountId,
@@ -379,7 +379,7 @@ impl MembershipOperations {
         let may_read = || self.check_account_visible(&mut caller.authorize(&self.engine)?, account);
         may_read()?;
         let mut members = self.store.list_members(account, after, size + 1).await?;
-        // A person who left meanwhile reads nothing.
+        // An acting user that left meanwhile must read nothing.
         may_read()?;
         let more = members.len() > size as usize;
         members.truncate(size as usize);

@@ -1,11 +1,11 @@
-//! Creates files that only their owner can read and write, and writes through no symbolic link.
+//! Creates files that only their owner can read and write, and never writes through a symbolic link.
 //!
-//! Every file that the program creates comes from here. Two kinds do not: sockets (`transport/socket.rs`), and the
-//! files that SQLite keeps beside a database, which get the database's own mode.
+//! Every file that the program creates comes from here. There are two exceptions: sockets (`transport/socket.rs`), and
+//! the files that SQLite puts next to a database, which get the database's mode.
 //!
 //! - A new file has mode 0600, whatever the umask.
-//! - A file that exists keeps its mode: an operator may have given it to a log shipper.
-//! - Only the last part of a path is checked. With write access to a folder above it, the folder can be replaced.
+//! - An existing file keeps its mode: an operator may have opened it for a log shipper.
+//! - Only the last component of a path is checked. Write access to a parent folder allows the folder to be replaced.
 
 use std::{
     ffi::OsString,
@@ -17,47 +17,40 @@ use std::{
 
 use rustix::{fs::OFlags, io::Errno};
 
-/// The owner reads and writes; others do nothing.
+/// Read and write for the owner only.
 const FILE_MODE: u32 = 0o600;
 
-/// Creates a file to write to.
+/// Creates a new file to write to.
 ///
-/// # Errors
-/// When there is a file or a symbolic link already, or the system refuses.
-pub fn create_new(path: &Path) -> io::Result<File> {
+/// Fails if a file or symbolic link exists, or the system refuses.
+pub(crate) fn create_new(path: &Path) -> io::Result<File> {
     create_with(path, OpenOptions::new().write(true))
 }
 
-/// Opens a file to read and to change, and creates it if it is missing.
+/// Opens a file for reading and writing, and creates it if it is missing.
 ///
-/// # Errors
-/// When it is a symbolic link, or the system refuses.
-pub fn open_or_create(path: &Path) -> io::Result<File> {
+/// Fails if it is a symbolic link, or the system refuses.
+pub(crate) fn open_or_create(path: &Path) -> io::Result<File> {
     open_or_create_with(path, OpenOptions::new().read(true).write(true))
 }
 
-/// Opens a file to add to, and creates it if it is missing.
+/// Opens a file for appending, and creates it if it is missing.
 ///
-/// # Errors
-/// When it is a symbolic link, or the system refuses.
-pub fn append_or_create(path: &Path) -> io::Result<File> {
+/// Fails if it is a symbolic link, or the system refuses.
+pub(crate) fn append_or_create(path: &Path) -> io::Result<File> {
     open_or_create_with(path, OpenOptions::new().append(true))
 }
 
-/// Opens a file that exists, to read and to change it.
+/// Opens an existing file for reading and writing.
 ///
-/// # Errors
-/// When it is missing or a symbolic link, or the system refuses.
-pub fn open_existing(path: &Path) -> io::Result<File> {
+/// Fails if it is missing or a symbolic link, or the system refuses.
+pub(crate) fn open_existing(path: &Path) -> io::Result<File> {
     open_no_follow(path, OpenOptions::new().read(true).write(true))
 }
 
-/// Creates an empty file if there is none. A symbolic link is followed: a database may be named by one, also before
-/// there is a database.
-///
-/// # Errors
-/// When the system refuses.
-pub fn create_missing_target(path: &Path) -> io::Result<()> {
+/// Creates an empty file if it is missing. It follows a symbolic link, because a link may name a database, even before
+/// it exists.
+pub(crate) fn create_missing_target(path: &Path) -> io::Result<()> {
     match create_new(path) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
             OpenOptions::new().append(true).create(true).mode(FILE_MODE).open(path).map(drop)
@@ -66,13 +59,12 @@ pub fn create_missing_target(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Replaces the content of a file whole or not at all. A symbolic link is replaced, and not followed.
+/// Replaces the content of a file atomically. A symbolic link is replaced, not followed.
 ///
-/// # Errors
-/// When the system refuses; the file then has its old content.
-pub fn replace_content(path: &Path, content: &[u8]) -> io::Result<()> {
+/// Fails if the system refuses; the file then keeps its old content.
+pub(crate) fn replace_content(path: &Path, content: &[u8]) -> io::Result<()> {
     let new = append_suffix(path, ".new");
-    // A process that was killed may have left one.
+    // A killed process may have left one.
     match fs::remove_file(&new) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
         _ => create_new(&new)?.write_all(content)?,
@@ -82,34 +74,32 @@ pub fn replace_content(path: &Path, content: &[u8]) -> io::Result<()> {
 
 /// Creates a folder that only its owner can use.
 ///
-/// # Errors
-/// When there is one already, or the system refuses.
-pub fn create_dir(path: &Path) -> io::Result<()> {
+/// Fails if the folder exists, or the system refuses.
+pub(crate) fn create_private_dir(path: &Path) -> io::Result<()> {
     DirBuilder::new().mode(0o700).create(path)
 }
 
-/// Waits until a file's content and its name are on the disk.
+/// Waits until the content and the name of a file are on disk.
 ///
-/// # Errors
-/// When the system reports a fault: they may not be there.
-pub fn sync_to_disk(file: &File, path: &Path) -> io::Result<()> {
+/// Fails if the system reports a fault; the content may not be on disk then.
+pub(crate) fn sync_to_disk(file: &File, path: &Path) -> io::Result<()> {
     file.sync_all()?;
     match File::open(parent_dir(path)) {
-        // A folder that may be written and not read cannot be waited for.
+        // A folder that is writable but not readable cannot be synced.
         Err(error) if error.kind() == ErrorKind::PermissionDenied => Ok(()),
         folder => folder?.sync_all(),
     }
 }
 
-/// The folder of a file.
+/// Returns the folder of a file.
 #[must_use]
-pub fn parent_dir(path: &Path) -> &Path {
+pub(crate) fn parent_dir(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// The path with something added to its end.
+/// Appends a suffix to the last component of a path.
 #[must_use]
-pub fn append_suffix(path: &Path, suffix: &str) -> PathBuf {
+pub(crate) fn append_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(suffix);
     PathBuf::from(name)
@@ -118,7 +108,7 @@ pub fn append_suffix(path: &Path, suffix: &str) -> PathBuf {
 fn create_with(path: &Path, options: &OpenOptions) -> io::Result<File> {
     // `O_EXCL` follows no link.
     let file = options.clone().create_new(true).mode(FILE_MODE).open(path)?;
-    // A umask may have taken rights from the owner too.
+    // A umask may have removed rights of the owner too.
     file.set_permissions(Permissions::from_mode(FILE_MODE))?;
     Ok(file)
 }
@@ -126,7 +116,7 @@ fn create_with(path: &Path, options: &OpenOptions) -> io::Result<File> {
 fn open_or_create_with(path: &Path, options: &OpenOptions) -> io::Result<File> {
     match create_with(path, options) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            // It may be moved away meanwhile, as log rotation does.
+            // Log rotation may move it away meanwhile.
             open_no_follow(path, options.clone().create(true).mode(FILE_MODE))
         }
         created => created,
@@ -151,7 +141,7 @@ mod tests {
 
     use super::*;
 
-    /// A folder with a file of somebody's, and a link to it.
+    /// A folder with a file of another user, and a link to it.
     fn linked() -> (tempfile::TempDir, PathBuf, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let (target, link) = (folder.path().join("target"), folder.path().join("link"));

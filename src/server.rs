@@ -1,17 +1,17 @@
-//! The composition root: puts a server together, starts it in order, and takes it down in order.
+//! The composition root: builds a server, and starts and stops its parts in order.
 //!
-//! Start: read the settings · wait for a database that is away · read the rules · open, migrate and check the store, and
-//! hold it against the revision required · take the addresses · make the root key of a first start · listen · put the
-//! rules in force · load the index, and as a replica take a lease · serve. A client that connects while the index loads
-//! waits; after a second it is served and hears UNAVAILABLE, and health says NOT_SERVING.
+//! Start: read the settings · wait for the database · read the rules · open, migrate and check the store, including the
+//! required revision · bind the addresses · on a first start, create the root key · listen · apply the rules · load the
+//! index, or take a replica's lease · serve. While the index loads, a client that connects waits for up to a second.
+//! Then it is served and gets UNAVAILABLE, and health is NOT_SERVING.
 //!
-//! Stop: health says NOT_SERVING · serve on for `shutdown_delay`, so that whoever looks at health sends no more here · no
-//! new connections · calls in flight end · usage is written · the head of the log is told · the lease and the replica's
-//! row are given up, decisions are written down · the store is closed. With the usual delay all that ends within 10 s,
+//! Stop: health turns NOT_SERVING · serve for `shutdown_delay`, so that load balancers notice · accept no new
+//! connections · finish calls in flight · write usage · publish the head of the log · release the lease and the
+//! replica's row, write pending decisions · close the store. With the default delay, a stop takes at most 10 s,
 //! whatever hangs.
 
-pub mod database_startup;
-pub mod maintenance;
+pub(crate) mod database_startup;
+pub(crate) mod maintenance;
 pub mod replicas;
 mod root_key;
 mod rules_file;
@@ -28,7 +28,7 @@ use tokio::{
 use tonic_health::server::HealthReporter;
 
 use replicas::ReplicationRuntime;
-pub use root_key::{DescendantKey, RightsChange, RootKeyReset, reset_root_key};
+pub(crate) use root_key::{DescendantKey, RightsChange, RootKeyReset, reset_root_key};
 use rules_file::RulesFile;
 use sockets::{BoundSockets, ListenAddresses, OpenListeners};
 
@@ -66,33 +66,33 @@ use crate::{
 
 const USAGE_FLUSH_INTERVAL: Duration = Duration::from_secs(5);
 const EVICTION_INTERVAL: Duration = Duration::from_secs(60 * 60);
-/// How long counts of use are kept.
+/// Retention of usage counts.
 const USAGE_RETENTION: Duration = Duration::from_secs(90 * 24 * 60 * 60);
-/// How long clients wait for the index before they hear that it is loading.
+/// Clients that connect while the index loads wait this long before they get UNAVAILABLE.
 const INDEX_LOAD_GRACE_PERIOD: Duration = Duration::from_secs(1);
-/// How long calls in flight have to end.
+/// Time limit for calls in flight at a stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(4);
-/// How long all has that comes after: what hangs then is left.
+/// Time limit for the remaining shutdown steps; whatever still hangs is abandoned.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3);
-/// How much longer for each key whose uses wait to be written, which takes some 6 microseconds.
+/// Additional time for each key with unwritten usage; writing one takes some 6 microseconds.
 const SHUTDOWN_TIME_PER_KEY: Duration = Duration::from_micros(10);
-/// But not longer than this: whoever stops a process kills it before long.
+/// Limit of that additional time, because a service manager soon kills a process that does not stop.
 const MAX_USAGE_FLUSH_TIME: Duration = Duration::from_secs(10);
 
-/// A running server.
+/// A running server; call [`stop`](Server::stop) to end it in order.
 #[derive(Debug)]
 pub struct Server {
-    /// Where gRPC is served; of several listeners, the first.
+    /// Address of the first gRPC listener.
     pub address: LocalAddress,
-    /// Every gRPC listener: its name, where it is, whether it speaks TLS.
+    /// Every gRPC listener: name, address, whether it uses TLS.
     pub listeners: Vec<(String, LocalAddress, bool)>,
-    /// Where the admin pages are served.
+    /// Address of the admin pages.
     pub admin_address: SocketAddr,
-    /// Where Envoy alone is served.
+    /// Address of the listener for Envoy, if there is one.
     pub envoy_address: Option<SocketAddr>,
-    /// Where proxies are served that ask over HTTP.
+    /// Address of the HTTP listener for proxies, if there is one.
     pub forward_auth_address: Option<SocketAddr>,
-    /// The root key's token, of a first start without a file for it.
+    /// The root key's token, if this is a first start that wrote no root key file.
     pub root_token: Option<Token>,
     running: RunningServer,
 }
@@ -104,18 +104,17 @@ struct RunningServer {
     health_reporter: HealthReporter,
     ready: watch::Sender<bool>,
     stopping: watch::Sender<bool>,
-    /// Turns true when nothing is left to tell of.
+    /// Turns true when the admin pages may stop.
     admin_stopping: watch::Sender<bool>,
     serving_task: JoinHandle<()>,
     background_tasks: Vec<JoinHandle<()>>,
     writer_task: JoinHandle<()>,
     replica: Option<replica_task::RunningReplica>,
-    /// Tells health what the replica says.
+    /// Updates the health service.
     health_task: JoinHandle<()>,
     propagation: PropagationWaiter,
-    /// Asks for files to be read again.
+    /// Triggers a reload of the watched files.
     reload_requests: watch::Sender<()>,
-    /// Writes decisions down.
     decision_log_writer: Option<DecisionLogWriter>,
     shutdown_delay: Duration,
 }
@@ -127,10 +126,10 @@ impl std::fmt::Debug for RunningServer {
 }
 
 impl Server {
-    /// Starts a server; it serves when this returns. Management runs on the current runtime.
+    /// Starts a server, which serves when this returns. Management RPCs run on the current runtime.
     ///
     /// # Errors
-    /// When the store does not open, an address cannot be bound, or the root key cannot be kept.
+    /// If the store does not open, an address cannot be bound, or the root key cannot be stored.
     pub async fn start(
         settings: ServerSettings,
         clock: Arc<dyn Clock>,
@@ -139,8 +138,8 @@ impl Server {
         let rules =
             settings.rules_file.as_deref().map(|path| RulesFile::load(path, &settings)).transpose()?;
         let store = database_startup::open_store(&settings).await?;
-        // The addresses are ours before a root key is made: one that no start shows would be lost. Nobody can
-        // connect before it is kept.
+        // Bind the addresses before a root key is created: a start that fails afterwards would lose the key's token.
+        // Nobody can connect before the token is stored.
         let sockets = BoundSockets::bind(&settings).await?;
         replicas::set_initial_lease(&store, &settings).await?;
         let root_token = root_key::create_first_root_key(&*store, &settings, &*clock, &*entropy).await?;
@@ -148,16 +147,16 @@ impl Server {
         let addresses = listeners.addresses()?;
 
         let index = Arc::new(Index::default());
-        let place = ReplicationRuntime::new(&store, index.clone(), clock.clone());
-        let decided = settings.telemetry.decision_log.as_ref();
-        let decided =
-            decided.map(|settings| DecisionLog::open(settings, clock.clone(), &*entropy)).transpose()?;
-        let (decisions, keeper) = decided.unzip();
+        let replication = ReplicationRuntime::new(&store, index.clone(), clock.clone());
+        let opened = settings.telemetry.decision_log.as_ref();
+        let opened =
+            opened.map(|settings| DecisionLog::open(settings, clock.clone(), &*entropy)).transpose()?;
+        let (decisions, decision_log_writer) = opened.unzip();
         let decisions = decisions.unwrap_or_default();
         let (parts, CommitTask { task: writer, commits }) = build_services(
             &settings,
             store.clone(),
-            &place,
+            &replication,
             clock.clone(),
             entropy.clone(),
             decisions.clone(),
@@ -165,7 +164,7 @@ impl Server {
         let tracing = parts.tracing;
         let (engine, gateway, memory) =
             (parts.engine.clone(), parts.gateway.clone(), parts.memory_budget.clone());
-        // In force before anybody is served.
+        // The rules are in force before the first request.
         if let Some(rules) = &rules {
             rules.apply(&gateway);
         }
@@ -177,14 +176,14 @@ impl Server {
         let (ready, is_ready) = watch::channel(false);
         let (closing, is_closing) = watch::channel(false);
 
-        let replica = place
+        let replica = replication
             .start_replica(&store, &settings, addresses.advertised_port(), clock.clone(), entropy)
             .await?;
         let mut loading = match &replica {
             Some(replica) => tokio::spawn(wait_until_serving(replica.serving.clone())),
             None => tokio::spawn(load_index(
                 store.clone(),
-                place.log_applier.clone(),
+                replication.log_applier.clone(),
                 clock.clone(),
                 settings.retention,
                 ready.clone(),
@@ -198,21 +197,21 @@ impl Server {
             }
             Err(_) => Some(loading),
         };
-        let told = publish_health(
+        let health = publish_health(
             reporter.clone(),
             ready.clone(),
             replica.as_ref().map(|replica| replica.serving.clone()),
         );
-        let gave_up = replica.as_ref().map(|replica| replica.failed.clone());
-        let telling = tokio::spawn(told);
-        // Whoever has waited for the start finds it said.
+        let failed = replica.as_ref().map(|replica| replica.failed.clone());
+        let health_task = tokio::spawn(health);
+        // A caller of `start` finds health up to date.
         if loading.is_none() {
             ready.send_replace(true);
             grpc::report_health(&reporter, true).await;
         }
-        let (counting, tried) = connect_limiter(engine.clone());
-        // A Redis that is there counts from the first Check on; one that is not holds nobody up.
-        let _ = tokio::time::timeout(INDEX_LOAD_GRACE_PERIOD, tried).await;
+        let (limiter_task, first_attempt) = connect_limiter(engine.clone());
+        // An available Redis counts from the first Check on; an unavailable one delays the start only this long.
+        let _ = tokio::time::timeout(INDEX_LOAD_GRACE_PERIOD, first_attempt).await;
         let workers = WorkerPool::start(connection_capacity(&settings, &listeners), &services).with_context(|| {
             format!(
                 "threads = {} cannot be started; lower it, or raise the limits on files and processes (ulimit -n, ulimit -u)",
@@ -245,23 +244,23 @@ impl Server {
             gateway: gateway.clone(),
             calls,
             commits,
-            waits: place.propagation.metrics().clone(),
+            waits: replication.propagation.metrics().clone(),
             decisions,
             ready: is_ready,
-            replica: replica.as_ref().map(|_| place.replica_status.clone()),
+            replica: replica.as_ref().map(|_| replication.replica_status.clone()),
             clock: clock.clone(),
             transport: report,
             memory: memory.clone(),
         };
         let mut background = vec![
             tokio::spawn(admin::serve(admin_listener, memory, sources, is_closing)),
-            counting,
+            limiter_task,
             tokio::spawn(flush_usage(store.clone(), usage.clone())),
             tokio::spawn(head.clone().run(store.clone())),
             tokio::spawn(flush_quotas(store.clone(), usage.clone())),
             tokio::spawn(evict_expired(store.clone(), index, clock, settings.retention)),
             tokio::spawn(watch_loading(loading, stopping.clone())),
-            tokio::spawn(watch_database(gave_up, store.clone(), place.lease.clone(), stopping.clone())),
+            tokio::spawn(watch_database(failed, store.clone(), replication.lease.clone(), stopping.clone())),
         ];
         background.extend(rules.map(|rules| tokio::spawn(rules.watch(gateway, is_rereading))));
         background.extend(watching);
@@ -277,10 +276,10 @@ impl Server {
             background_tasks: background,
             writer_task: writer,
             replica,
-            health_task: telling,
-            propagation: place.propagation,
+            health_task,
+            propagation: replication.propagation,
             reload_requests: rereading,
-            decision_log_writer: keeper,
+            decision_log_writer,
             shutdown_delay: settings.lifecycle.shutdown_delay,
         };
         let envoy_address = addresses.envoy_address();
@@ -298,14 +297,13 @@ impl Server {
         })
     }
 
-    /// Waits until the server gives up by itself: its index cannot be loaded.
-    pub async fn wait_for_failure(&self) {
+    /// Waits until the server stops by itself, because its index cannot be loaded or its database is lost.
+    pub(crate) async fn wait_for_failure(&self) {
         let mut stopping = self.running.stopping.subscribe();
-        // The sender lives as long as `self`.
         let _ = stopping.wait_for(|stop| *stop).await;
     }
 
-    /// Has certificates and rules read again at once; they are looked at by themselves, too.
+    /// Reloads certificates and rules at once. They are also polled.
     pub fn reload_files(&self) {
         self.running.reload_requests.send_replace(());
     }
@@ -324,46 +322,49 @@ impl Server {
             background_tasks: background,
             writer_task: writer,
             replica,
-            health_task: telling,
+            health_task,
             propagation,
             reload_requests: _,
-            decision_log_writer: keeper,
+            decision_log_writer,
             shutdown_delay,
         } = self.running;
-        // Before health is told for the last time.
-        telling.abort();
+        // No update may follow the last one.
+        health_task.abort();
         grpc::report_health(&reporter, false).await;
         ready.send_replace(false);
-        // Whoever looks at health sends no more calls here, and until all have looked they are answered.
+        // Serve until load balancers have noticed, so that they route no call to a closed port.
         if !*stopping.borrow() {
             tokio::time::sleep(shutdown_delay).await;
         }
         propagation.stop();
         stopping.send_replace(true);
         if let Err(error) = serving.await {
-            tracing::error!(error = &error as &dyn std::error::Error, "serving ended badly");
+            tracing::error!(error = &error as &dyn std::error::Error, "serving task failed");
         }
         closing.send_replace(true);
         let ends: Vec<_> = background.iter().map(JoinHandle::abort_handle).collect();
         let abort = || ends.iter().for_each(AbortHandle::abort);
         let decisions = async {
-            if let Some(keeper) = keeper {
-                keeper.stop(SHUTDOWN_TIMEOUT).await;
+            if let Some(writer) = decision_log_writer {
+                writer.stop(SHUTDOWN_TIMEOUT).await;
             }
         };
         let uses = usage.pending_keys();
         let last = async {
-            // One that is given up while it writes uses would have them written twice.
+            // A usage write that is aborted halfway would be repeated.
             let between = usage.pause_writes().await;
             abort();
             futures_util::future::join_all(background).await;
             drop(between);
-            // The services are gone with the workers, and the writer ends when its queue is empty.
+            // The workers have dropped the services, so the writer ends when its queue is empty.
             if let Err(error) = writer.await {
-                tracing::error!(error = &error as &dyn std::error::Error, "the writer ended badly");
+                tracing::error!(error = &error as &dyn std::error::Error, "writer task failed");
             }
             if let Err(error) = usage.flush(&*store, FlushMode::Immediate).await {
-                tracing::warn!(error = &error as &dyn std::error::Error, "the last uses were not written");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "last usage counts were not written"
+                );
             }
             head.publish(&*store).await;
             if let Some(replica) = replica {
@@ -372,44 +373,45 @@ impl Server {
             store.close().await;
         };
         let waiting = u32::try_from(uses).unwrap_or(u32::MAX);
-        let patience =
+        let timeout =
             SHUTDOWN_TIMEOUT + SHUTDOWN_TIME_PER_KEY.saturating_mul(waiting).min(MAX_USAGE_FLUSH_TIME);
-        let (last, ()) = tokio::join!(tokio::time::timeout(patience, last), decisions);
+        let (last, ()) = tokio::join!(tokio::time::timeout(timeout, last), decisions);
         abort();
         if last.is_err() {
             tracing::warn!(
-                "the database did not answer in time: the last writes and uses may be lost, and the replica's row stays"
+                "the database did not answer in time: the last writes and usage counts may be lost, and the replica's row stays"
             );
         }
         tracing::info!("stopped");
     }
 }
 
-/// What writes.
+/// The task that commits changes.
 #[derive(Debug)]
 pub struct CommitTask {
-    /// The task. It ends when nobody can ask it any more.
-    pub task: JoinHandle<()>,
-    /// What it has committed.
-    pub commits: Arc<CommitMetrics>,
+    /// The task; it ends when the last commit handle is dropped.
+    pub(crate) task: JoinHandle<()>,
+    /// The task's counters and durations.
+    pub(crate) commits: Arc<CommitMetrics>,
 }
 
-/// The use cases over one store and one index, and the task that writes for them. Nothing is loaded yet.
+/// Builds the use cases over one store and one index, and the task that commits for them. Loads nothing.
 pub fn build_services(
     settings: &ServerSettings,
     store: Arc<dyn Store>,
-    place: &ReplicationRuntime,
+    replication: &ReplicationRuntime,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn EntropySource>,
     decisions: DecisionLog,
 ) -> (ServiceParts, CommitTask) {
-    let index = place.log_applier.index().clone();
+    let index = replication.log_applier.index().clone();
     let usage = Arc::new(UsageRecorder::default());
-    let engine = Engine::new(index, usage, place.lease.clone(), &settings.limits, clock.clone());
+    let engine = Engine::new(index, usage, replication.lease.clone(), &settings.limits, clock.clone());
     let engine = Arc::new(engine);
-    let follower = decisions.wrap_listener(place.log_applier.clone(), place.log_applier.index().clone());
+    let listener =
+        decisions.wrap_listener(replication.log_applier.clone(), replication.log_applier.index().clone());
     let now = clock.clone();
-    let (writer, task) = CommitHandle::spawn(store.clone(), follower, move || now.now());
+    let (writer, task) = CommitHandle::spawn(store.clone(), listener, move || now.now());
     let writing = CommitTask { task, commits: writer.commits().clone() };
     let environments = Arc::new(settings.key_settings.environments.clone());
     let keys = Arc::new(KeyOperations::new(
@@ -420,9 +422,9 @@ pub fn build_services(
         entropy.clone(),
         settings.key_settings.clone(),
     ));
-    let people =
+    let membership =
         MembershipOperations::new(store.clone(), writer.clone(), engine.clone(), keys.clone(), clock.clone());
-    // Names of calls need not be secret: where there is no chance, the time will do.
+    // Ids of calls need not be secret: without entropy, the time suffices.
     let seed = random_bytes(&*entropy).map_or_else(|_| clock.now().as_millis(), u64::from_be_bytes);
     let tracing = CallTracer::new(seed, settings.telemetry.sampling);
     let accounts = AccountOperations::new(store.clone(), writer, engine.clone(), clock.clone(), entropy);
@@ -432,11 +434,11 @@ pub fn build_services(
         engine,
         keys,
         accounts: Arc::new(accounts),
-        membership: Arc::new(people),
+        membership: Arc::new(membership),
         gateway: Arc::new(gateway),
         store,
-        propagation: place.propagation.clone(),
-        freshness: place.freshness.clone(),
+        propagation: replication.propagation.clone(),
+        freshness: replication.freshness.clone(),
         environments,
         decisions,
         tracing,
@@ -445,7 +447,7 @@ pub fn build_services(
     (parts, writing)
 }
 
-/// As many connections as the listeners take, and file descriptors allow.
+/// The total of the listeners' connection limits, as far as file descriptors allow.
 fn connection_capacity(settings: &ServerSettings, listeners: &OpenListeners) -> WorkerCapacity {
     let wanted = listeners.grpc.iter().map(|opened| opened.settings.limits.max_connections).sum();
     WorkerCapacity {
@@ -456,7 +458,7 @@ fn connection_capacity(settings: &ServerSettings, listeners: &OpenListeners) -> 
     }
 }
 
-/// Serves until it is told to stop, and calls in flight have ended or had their time.
+/// Serves until `is_stopping`, and until calls in flight have ended or timed out.
 async fn serve_listeners(
     opened: Vec<BoundListener>,
     workers: WorkerPool,
@@ -467,54 +469,50 @@ async fn serve_listeners(
         .into_iter()
         .map(|opened| grpc::serve::accept_connections(opened, &workers, is_stopping.clone()));
     futures_util::future::join_all(accepting).await;
-    // This blocks; the workers have their own deadline.
+    // Blocks; the workers have their own deadline.
     let joined = tokio::task::spawn_blocking(move || workers.drain_and_join());
     let (joined, forwarded) = tokio::join!(joined, join_with_timeout(DRAIN_TIMEOUT, forwarding));
     for ended in [joined, forwarded.unwrap_or(Ok(()))] {
         if let Err(error) = ended {
-            tracing::error!(error = &error as &dyn std::error::Error, "serving ended badly");
+            tracing::error!(error = &error as &dyn std::error::Error, "serving task failed");
         }
     }
 }
 
-/// Waits for a task so long, and ends it then.
-async fn join_with_timeout(
-    patience: Duration,
-    task: Option<JoinHandle<()>>,
-) -> Option<Result<(), JoinError>> {
+/// Waits for a task until the timeout, then aborts it.
+async fn join_with_timeout(timeout: Duration, task: Option<JoinHandle<()>>) -> Option<Result<(), JoinError>> {
     let mut task = task?;
-    let ended = tokio::time::timeout(patience, &mut task).await.ok();
+    let ended = tokio::time::timeout(timeout, &mut task).await.ok();
     task.abort();
     ended
 }
 
-/// Fills the index from a store that this process owns.
+/// Loads the index from a store that this process alone owns.
 async fn load_index(
     store: Arc<dyn Store>,
-    follow: Arc<LogApplier>,
+    log_applier: Arc<LogApplier>,
     clock: Arc<dyn Clock>,
     retention: Duration,
     ready: watch::Sender<bool>,
 ) -> anyhow::Result<()> {
-    let forget_before = clock.now().saturating_sub(retention);
-    let index = follow.index();
+    let evict_before = clock.now().saturating_sub(retention);
+    let index = log_applier.index();
     let loader: Arc<dyn SnapshotLoader> = index.clone();
-    let head = store.stream_snapshot(forget_before, &loader).await.context("the keys could not be loaded")?;
-    index.evict(forget_before);
-    follow.finish_load(head);
-    tracing::info!(keys = index.len(), revision = head.revision.0, "the index is loaded");
+    let head = store.stream_snapshot(evict_before, &loader).await.context("the keys cannot be loaded")?;
+    index.evict(evict_before);
+    log_applier.finish_load(head);
+    tracing::info!(keys = index.len(), revision = head.revision.0, "index loaded");
     ready.send_replace(true);
     Ok(())
 }
 
-/// Waits for a replica's first lease.
+/// Waits until the replica holds its first lease.
 async fn wait_until_serving(mut serving: watch::Receiver<bool>) -> anyhow::Result<()> {
-    // The sender goes with the replica, at the stop.
     let _ = serving.wait_for(|serving| *serving).await;
     Ok(())
 }
 
-/// Tells health whether Checks are answered, each time that it changes: as a replica's lease comes and goes, or once.
+/// Publishes to the health service whether Checks are answered, on each change.
 async fn publish_health(
     reporter: HealthReporter,
     ready: watch::Sender<bool>,
@@ -531,7 +529,7 @@ async fn publish_health(
     }
 }
 
-/// Takes the server down if its index cannot be loaded after all.
+/// Stops the server if its index cannot be loaded.
 async fn watch_loading(loading: Option<JoinHandle<anyhow::Result<()>>>, stopping: watch::Sender<bool>) {
     let Some(loading) = loading else { return };
     let failure = match loading.await {
@@ -539,12 +537,12 @@ async fn watch_loading(loading: Option<JoinHandle<anyhow::Result<()>>>, stopping
         Ok(Err(error)) => error,
         Err(error) => error.into(),
     };
-    tracing::error!(error = format!("{failure:#}"), "the index was not loaded; the server stops");
+    tracing::error!(error = format!("{failure:#}"), "the index cannot be loaded; the server stops");
     stopping.send_replace(true);
 }
 
-/// Takes the server down when its replica cannot go on, or the database was found damaged or has another owner: then
-/// nothing more is allowed, not even by calls in flight.
+/// Stops the server if its replica fails for good, or the database is damaged or has another owner. From then on
+/// nothing is allowed, not even by calls in flight.
 async fn watch_database(
     failed: Option<watch::Receiver<bool>>,
     store: Arc<dyn Store>,
@@ -555,7 +553,7 @@ async fn watch_database(
         () = replicas::wait_for_replica_failure(failed) => {}
         () = store.wait_until_unusable() => lease.expire_now(),
     }
-    tracing::error!("the database is no longer to be trusted; the server stops");
+    tracing::error!("the database cannot be trusted any more; the server stops");
     stopping.send_replace(true);
 }
 
@@ -565,32 +563,35 @@ async fn flush_usage(store: Arc<dyn Store>, usage: Arc<UsageRecorder>) {
     loop {
         due.tick().await;
         if let Err(error) = usage.flush(&*store, FlushMode::Throttled).await {
-            tracing::warn!(error = &error as &dyn std::error::Error, "uses were not written; they are kept");
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "usage counts were not written; they are kept in memory"
+            );
         }
     }
 }
 
-/// Has quotas counted that others draw from too, when they cannot wait.
+/// Writes quota counts that other replicas draw from too, when they cannot wait for the next flush.
 async fn flush_quotas(store: Arc<dyn Store>, usage: Arc<UsageRecorder>) {
     usage.run_quota_flusher(&*store).await;
 }
 
-/// Connects to where rate limits are counted. The second tells when that was tried once.
+/// Starts the connection to the Redis that counts rate limits. The receiver resolves after the first attempt.
 fn connect_limiter(engine: Arc<Engine>) -> (JoinHandle<()>, oneshot::Receiver<()>) {
-    let (told, tried) = oneshot::channel();
-    (tokio::spawn(async move { engine.limiter.maintain_connection(told).await }), tried)
+    let (attempted, first_attempt) = oneshot::channel();
+    (tokio::spawn(async move { engine.limiter.maintain_connection(attempted).await }), first_attempt)
 }
 
 async fn evict_expired(store: Arc<dyn Store>, index: Arc<Index>, clock: Arc<dyn Clock>, retention: Duration) {
     loop {
         tokio::time::sleep(EVICTION_INTERVAL).await;
         let now = clock.now();
-        let forgotten = index.evict(now.saturating_sub(retention));
-        tracing::debug!(forgotten, "digests past the retention left the index");
+        let removed = index.evict(now.saturating_sub(retention));
+        tracing::debug!(removed, "expired digests removed from the index");
         if let Err(error) =
             store.prune_usage(UsageHour::from_timestamp(now.saturating_sub(USAGE_RETENTION))).await
         {
-            tracing::warn!(error = &error as &dyn std::error::Error, "old counts of use were not dropped");
+            tracing::warn!(error = &error as &dyn std::error::Error, "expired usage counts were not deleted");
         }
     }
 }

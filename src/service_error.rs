@@ -1,5 +1,7 @@
-//! Why a call was not done, in the words of the product. `grpc/status.rs` turns it into a status; nothing here
-//! knows gRPC, and no text here repeats a token or a database's message.
+//! The errors of the use cases.
+//!
+//! `grpc/status.rs` turns them into statuses; nothing here knows gRPC. No text here contains a token or a message of
+//! the database.
 
 use std::fmt::Display;
 
@@ -11,122 +13,114 @@ use crate::{
     store::{StoreError, WriteRejection, group_commit::WriteError},
 };
 
-/// One field that is wrong, and what would be right.
+/// A field of a request that breaks a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InvalidField {
+pub(crate) struct InvalidField {
     /// The field's path in the request.
-    pub field: String,
-    /// The rule that it breaks.
-    pub problem: String,
+    pub(crate) field: String,
+    /// The rule that the field breaks.
+    pub(crate) problem: String,
 }
 
-/// A thing that is looked for by id.
+/// The kind of a resource that a request names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ResourceKind {
-    /// A key.
+pub(crate) enum ResourceKind {
     Key,
-    /// An account.
     Account,
-    /// A role.
     Role,
-    /// A member.
     Member,
-    /// A change of the log.
+    /// A revision of the audit log.
     Revision,
 }
 
-/// Why a call was not done.
+/// Why a use case failed.
 #[derive(Debug)]
-pub enum ServiceError {
-    /// The request breaks rules: all of them.
+pub(crate) enum ServiceError {
+    /// The request is invalid; lists every violation.
     Invalid(Vec<InvalidField>),
-    /// There is no such thing, or none that the caller may know of.
+    /// The resource does not exist, or the caller may not know of it.
     NotFound(ResourceKind),
-    /// Another key of the owner has the name.
+    /// Another key of the owner has this name.
     KeyNameTaken,
-    /// The account exists.
+    /// An account with this id exists.
     AccountExists(AccountId),
-    /// This account exists, whose id differs from the one asked for only in case.
+    /// An account with this id exists, and the requested id differs from it only in case.
     AccountIdDiffersInCase(AccountId),
-    /// The digest belongs to another secret, whoever owns it.
+    /// The digest belongs to another secret, of any owner.
     DigestTaken,
-    /// Another request was made under this idempotency key.
+    /// Another request used this idempotency key.
     IdempotencyKeyReused,
-    /// The account concerned, or the user, has reached a limit.
+    /// The account or user has reached a limit.
     AccountLimitReached(AccountLimitReached),
-    /// Replicas of an older release could not read the change in the log.
+    /// The change has a value that registered replicas of an older release cannot read.
     ReplicaTooOld {
-        /// What they cannot read: `scope "repo/write"`.
+        /// The value: `scope "repo/write"`.
         value: String,
-        /// Their names.
+        /// Names of these replicas.
         replicas: Vec<String>,
     },
     /// The caller lacks a right: a stable reason, and what to do.
     Forbidden(&'static str, String),
-    /// The thing is in no state for this: a stable reason, and what to do.
+    /// The state of the resource does not allow the call: a stable reason, and what to do.
     FailedPrecondition(&'static str, String),
-    /// The caller is not known.
+    /// The credential is missing or not valid.
     Unauthenticated,
-    /// The caller was known when its call began, and may not call any more.
+    /// The caller was revoked or restricted during its call.
     CallerRevoked,
-    /// The caller is not granted the permission that its call needs: a reserved scope.
+    /// The caller lacks this permission, a reserved scope.
     MissingPermission(&'static str),
-    /// A limit of the caller's own key is used up; when to try again.
+    /// A limit of the caller's own key is used up; holds the time until a retry can succeed.
     CallerRateLimited(Option<std::time::Duration>),
-    /// Too old a state, or none yet.
+    /// The engine cannot decide: its state is too old, or not loaded yet.
     CheckFailed(CheckError),
-    /// A change is certainly not recorded.
+    /// The change is certainly not recorded.
     NotRecorded {
-        /// The database has no room left.
+        /// The disk or the database is full.
         is_database_full: bool,
     },
-    /// Whether a change is recorded is unknown.
+    /// Whether the change is recorded is unknown.
     OutcomeUnknown,
-    /// Of a call that makes many changes: of some of them it is unknown whether they are recorded.
+    /// For some changes of a bulk call, it is unknown whether they are recorded.
     SomeOutcomesUnknown {
-        /// How many are unknown.
+        /// Number of changes with an unknown outcome.
         unknown: usize,
-        /// How many the call makes.
+        /// Number of changes in the call.
         changes: usize,
     },
-    /// The database or the operating system failed.
+    /// The database or the operating system failed; the log has the cause.
     Unavailable,
-    /// The server is stopping.
     Stopping,
-    /// The record changed again and again while it was being changed.
+    /// Concurrent changes of the same records won every attempt.
     Contended,
-    /// A change is recorded, and not known to be in force everywhere.
+    /// The change is recorded, but not confirmed to be in force on every replica.
     PropagationIncomplete(PropagationError),
 }
 
 impl ServiceError {
-    /// The role of the person that the caller acts for lacks a permission.
+    /// The role of the acting user lacks a permission.
     #[must_use]
-    pub fn role_lacks_permission(permission: &str) -> ServiceError {
+    pub(crate) fn role_lacks_permission(permission: &str) -> ServiceError {
         let message =
             format!("the acting user has no role in the account that holds {permission}, which this needs");
         ServiceError::Forbidden("ROLE_LACKS_PERMISSION", message)
     }
 
-    /// One wrong field.
+    /// An error with one invalid field.
     #[must_use]
-    pub fn invalid_field(field: impl Into<String>, problem: impl Into<String>) -> ServiceError {
+    pub(crate) fn invalid_field(field: impl Into<String>, problem: impl Into<String>) -> ServiceError {
         ServiceError::Invalid(vec![InvalidField { field: field.into(), problem: problem.into() }])
     }
 }
 
-/// Fails a call that makes many changes if the outcome of any is unknown. What such a call answers holds for all of it.
-///
-/// # Errors
-/// When it is unknown whether a change is recorded.
-pub fn require_known_outcomes<'r>(
+/// Fails a bulk call if the outcome of any change is unknown: the response of such a call must hold for all of them.
+pub(crate) fn require_known_outcomes<'r>(
     outcomes: impl ExactSizeIterator<Item = Option<&'r ServiceError>>,
 ) -> Result<(), ServiceError> {
     let changes = outcomes.len();
-    // A server that stops may have recorded what it does not answer any more.
-    let open =
-        |refusal: &&ServiceError| matches!(refusal, ServiceError::OutcomeUnknown | ServiceError::Stopping);
-    match outcomes.flatten().filter(open).count() {
+    // A stopping server may have recorded a change that it no longer confirms.
+    let is_unknown =
+        |error: &&ServiceError| matches!(error, ServiceError::OutcomeUnknown | ServiceError::Stopping);
+    match outcomes.flatten().filter(is_unknown).count() {
         0 => Ok(()),
         unknown => Err(ServiceError::SomeOutcomesUnknown { unknown, changes }),
     }
@@ -141,7 +135,7 @@ impl From<CheckError> for ServiceError {
     }
 }
 
-/// The cause goes to the log, whole; the caller hears that it can try again.
+/// The cause goes to the log; the caller only learns that it can retry.
 impl From<StoreError> for ServiceError {
     fn from(error: StoreError) -> Self {
         tracing::error!(error = &error as &dyn std::error::Error, "the store failed");
@@ -157,12 +151,12 @@ impl From<PropagationError> for ServiceError {
 
 impl From<EntropyError> for ServiceError {
     fn from(error: EntropyError) -> Self {
-        tracing::error!(error = &error as &dyn std::error::Error, "no secret can be made");
+        tracing::error!(error = &error as &dyn std::error::Error, "no secret can be generated");
         ServiceError::Unavailable
     }
 }
 
-/// The writer has logged the cause already. A conflict is the use case's to try again.
+/// The writer has logged the cause. The use case retries a conflict.
 impl From<WriteError> for ServiceError {
     fn from(error: WriteError) -> Self {
         match error {
@@ -183,7 +177,7 @@ impl From<WriteError> for ServiceError {
             }
             WriteError::Rejected(WriteRejection::RoleNotFound) => ServiceError::invalid_field(
                 "role",
-                "there is no such role in the account; ListRoles shows those there are",
+                "there is no such role in the account; ListRoles returns the existing ones",
             ),
             WriteError::Rejected(WriteRejection::RoleInUse { keys, members }) => {
                 ServiceError::FailedPrecondition(
@@ -202,38 +196,42 @@ impl From<WriteError> for ServiceError {
     }
 }
 
-/// Collects every violation of a request, so that they are answered together.
+/// Collects the violations of a request, so that one error reports all of them.
 #[derive(Debug, Default)]
-pub struct InvalidFields(Vec<InvalidField>);
+pub(crate) struct InvalidFields(Vec<InvalidField>);
 
 impl InvalidFields {
-    /// Notes a violation.
-    pub fn add(&mut self, field: impl Into<String>, problem: impl Into<String>) {
+    /// Records a violation.
+    pub(crate) fn add(&mut self, field: impl Into<String>, problem: impl Into<String>) {
         self.0.push(InvalidField { field: field.into(), problem: problem.into() });
     }
 
-    /// Notes a violation when `wrong`. Only then is anything written: a good request pays for no text.
-    pub fn add_if(&mut self, wrong: bool, field: impl Display, problem: impl Display) {
+    /// Records a violation if `wrong`. The texts are formatted only then, so a valid request allocates none.
+    pub(crate) fn add_if(&mut self, wrong: bool, field: impl Display, problem: impl Display) {
         if wrong {
             self.add(field.to_string(), problem.to_string());
         }
     }
 
-    /// The value, or a violation noted.
-    pub fn ok_or_add<T, E: Display>(&mut self, field: impl Display, result: Result<T, E>) -> Option<T> {
+    /// Returns the value, or records the error as a violation.
+    pub(crate) fn ok_or_add<T, E: Display>(
+        &mut self,
+        field: impl Display,
+        result: Result<T, E>,
+    ) -> Option<T> {
         result.map_err(|error| self.add(field.to_string(), error.to_string())).ok()
     }
 
-    /// Each value of a list; a violation names its place.
-    pub fn parse_list<'a, T, E: Display>(
+    /// Parses each value of a list. A violation names the index of its value.
+    pub(crate) fn parse_list<'a, T, E: Display>(
         &mut self,
         field: impl Display,
         list: &'a [impl AsRef<str>],
-        most: usize,
+        max: usize,
         parse: impl Fn(&'a str) -> Result<T, E>,
     ) -> Vec<T> {
-        if list.len() > most {
-            self.add(field.to_string(), format!("has {} entries; at most {most} are allowed", list.len()));
+        if list.len() > max {
+            self.add(field.to_string(), format!("has {} entries; at most {max} are allowed", list.len()));
             return Vec::new();
         }
         let each = list.iter().enumerate();
@@ -241,17 +239,13 @@ impl InvalidFields {
             .collect()
     }
 
-    /// Whether nothing is wrong so far.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
+    #[cfg(test)]
+    pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Ends the collection.
-    ///
-    /// # Errors
-    /// When anything was noted.
-    pub fn into_result(self) -> Result<(), ServiceError> {
+    /// Returns an error if any violation was recorded.
+    pub(crate) fn into_result(self) -> Result<(), ServiceError> {
         if self.0.is_empty() { Ok(()) } else { Err(ServiceError::Invalid(self.0)) }
     }
 }

@@ -1,5 +1,6 @@
-//! Where the log goes: standard error, for people or for machines. Where recorded spans go: to a collector, over OTLP.
-//! Only commands that run a server set either up, once for the process.
+//! Sets up the outputs of telemetry: log lines to standard error, recorded spans to an OTLP collector.
+//!
+//! Only commands that run a server call this, once per process. What is recorded is decided in `trace`.
 
 mod log_format;
 mod trace_export;
@@ -18,15 +19,15 @@ use crate::{
 
 pub use trace_export::TraceExporter;
 
-/// Sets up logging for the process, and sends what is recorded of traces to `otlp`, if there is one. To be called
-/// within the runtime that sends.
+/// Sets up logging for the process, and the export of spans if `otlp` is given. Must be called within the runtime that
+/// exports.
 ///
 /// # Errors
-/// When the filter is malformed, the collector's address or certificate is, or all this is set up already.
+/// If the filter, the collector's address or its certificate is invalid, or telemetry is set up already.
 pub fn init(filter: &str, format: LogFormat, otlp: Option<&OtlpSettings>) -> anyhow::Result<TraceExporter> {
     let filter = EnvFilter::try_new(filter)
-        .map_err(|error| anyhow::anyhow!("the log filter {filter:?} is not understood: {error}"))?;
-    // The spans that are recorded are no business of the log: it names the call by itself.
+        .map_err(|error| anyhow::anyhow!("the log filter {filter:?} is invalid: {error}"))?;
+    // The log ignores recorded spans: log lines name their call themselves.
     let unrecorded = FilterFn::new(|metadata| metadata.target() != trace::SPAN_TARGET);
     let filter = filter.and(unrecorded.with_max_level_hint(LevelFilter::TRACE));
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
@@ -40,7 +41,7 @@ pub fn init(filter: &str, format: LogFormat, otlp: Option<&OtlpSettings>) -> any
         }
     };
     let (exporter, tracer) = TraceExporter::start(otlp)?;
-    // A layer that is none would be interested in everything: then each span of the libraries below is made for nobody.
+    // An empty layer would enable every span of the libraries below, for nothing.
     let mut layers = vec![log];
     layers.extend(tracer.map(|tracer| {
         let layer = tracing_opentelemetry::layer()
@@ -51,7 +52,7 @@ pub fn init(filter: &str, format: LogFormat, otlp: Option<&OtlpSettings>) -> any
             .with_target(false)
             .with_tracked_inactivity(false)
             .with_context_activation(false);
-        // A call's own span is made only where it is recorded; the others belong to such a one or to nothing.
+        // A call's root span exists only if the call is recorded; other spans need a recorded parent.
         let within_call = dynamic_filter_fn(|metadata, context| {
             metadata.name() == trace::CALL_SPAN_NAME || context.lookup_current().is_some()
         })

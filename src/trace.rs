@@ -1,9 +1,8 @@
-//! The call that is being answered, as log lines, decisions and traces name it: its request id, the trace that it is
-//! part of, and whether that is recorded.
+//! The current call, as logs, decisions and spans identify it: its request id, its trace, and whether it is recorded.
 //!
-//! What a call is called goes with its task and costs a few nanoseconds. A span is made only where it is recorded:
-//! that is decided first, by the caller's word or else by chance. Who asks for the span of a call that is not
-//! recorded gets nothing, and makes nothing. Where spans go is `telemetry`'s business.
+//! The ids travel with the task and cost a few nanoseconds. Whether a call is recorded is decided first, by the
+//! caller's sampling flag or else at random; only a recorded call gets spans. Where spans are sent is not known here:
+//! see `telemetry`.
 
 mod request_id;
 mod trace_context;
@@ -21,106 +20,106 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 
 use crate::domain::time::Timestamp;
 
-pub use request_id::{RandomId, RandomIds, RequestId, sampling_threshold};
-pub use trace_context::{RemoteTraceContext, TraceId};
+pub use request_id::RequestId;
+pub(crate) use request_id::{RandomId, RandomIds, sampling_threshold};
+pub use trace_context::RemoteTraceContext;
+pub(crate) use trace_context::TraceId;
 
-/// The target of spans that are recorded. No log line has it.
-pub const SPAN_TARGET: &str = "keyward::trace";
-/// The name under which a call's own span is made; others are recorded only within one.
-pub const CALL_SPAN_NAME: &str = "call";
+/// The target of recorded spans. No log line has it.
+pub(crate) const SPAN_TARGET: &str = "keyward::trace";
+/// The name of a call's root span; other spans are recorded only within one.
+pub(crate) const CALL_SPAN_NAME: &str = "call";
 
 tokio::task_local! {
     static CURRENT: TracedCall;
 }
 
-/// A call.
+/// A call with its ids and its caller.
 #[derive(Clone, Debug)]
 pub struct TracedCall {
     request_id: RefCell<RequestId>,
     remote_context: RefCell<Option<RemoteTraceContext>>,
     trace_id: Cell<Option<TraceId>>,
-    /// Chance has it recorded, if nobody says otherwise; None = none is, whatever anybody says.
+    /// The random sampling decision, which the caller's flag overrides; `None` = nothing is recorded.
     sampled: Option<bool>,
     recorded: Cell<bool>,
     peer: Option<IpAddr>,
     caller: RefCell<Option<CallerLabels>>,
 }
 
-/// Whose call it is, once that is known.
+/// The caller of a call, as logs and spans name it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CallerLabels {
-    /// The id of its key, or what else it showed.
-    pub key_id: String,
-    /// The account that it acts in.
-    pub account: String,
+pub(crate) struct CallerLabels {
+    /// The key's id, or the name of another credential.
+    pub(crate) key_id: String,
+    /// The account that the caller acts in.
+    pub(crate) account: String,
 }
 
 impl TracedCall {
     fn new(
-        names: Option<&HeaderMap>,
+        headers: Option<&HeaderMap>,
         peer: Option<IpAddr>,
-        made: RequestId,
-        drawn: Option<bool>,
+        generated: RequestId,
+        sampled: Option<bool>,
     ) -> TracedCall {
-        let parent = names.and_then(RemoteTraceContext::from_headers);
+        let parent = headers.and_then(RemoteTraceContext::from_headers);
         TracedCall {
-            request_id: RefCell::new(names.and_then(RequestId::from_headers).unwrap_or(made)),
+            request_id: RefCell::new(headers.and_then(RequestId::from_headers).unwrap_or(generated)),
             trace_id: Cell::new(parent.as_ref().map(|parent| parent.trace_id)),
             remote_context: RefCell::new(parent),
-            sampled: drawn,
+            sampled,
             recorded: Cell::new(false),
             peer,
             caller: RefCell::default(),
         }
     }
 
-    /// Its request id.
     #[must_use]
-    pub fn request_id(&self) -> RequestId {
+    pub(crate) fn request_id(&self) -> RequestId {
         self.request_id.borrow().clone()
     }
 
-    /// The trace that it is part of, if it is known to be part of one.
+    /// The trace that the call belongs to, if known.
     #[must_use]
-    pub fn trace_id(&self) -> Option<TraceId> {
+    pub(crate) fn trace_id(&self) -> Option<TraceId> {
         self.trace_id.get()
     }
 
-    /// Who is connected.
+    /// Address of the connected peer.
     #[must_use]
-    pub fn peer(&self) -> Option<IpAddr> {
+    pub(crate) fn peer(&self) -> Option<IpAddr> {
         self.peer
     }
 
-    /// Whose call it is, if that is known.
+    /// The caller, if authenticated.
     #[must_use]
-    pub fn caller(&self) -> Option<CallerLabels> {
+    pub(crate) fn caller(&self) -> Option<CallerLabels> {
         self.caller.borrow().clone()
     }
 
-    /// Notes whose call it is.
-    pub fn set_caller(&self, caller: CallerLabels) {
+    /// Sets the caller, in the call's span too.
+    pub(crate) fn set_caller(&self, caller: CallerLabels) {
         if self.recorded.get() {
             Span::current().record("keyward.caller", &caller.key_id);
         }
         self.caller.replace(Some(caller));
     }
 
-    /// Whether it is to be recorded, by what is known of it so far: by its caller's word or else by chance.
+    /// Whether the call should be recorded: by its caller's flag, or else at random.
     #[must_use]
-    pub fn should_record(&self) -> bool {
-        let told = || self.remote_context.borrow().as_ref().map(|parent| parent.is_sampled);
-        self.sampled.is_some_and(|drawn| told().unwrap_or(drawn))
+    pub(crate) fn should_record(&self) -> bool {
+        let caller_flag = || self.remote_context.borrow().as_ref().map(|parent| parent.is_sampled);
+        self.sampled.is_some_and(|sampled| caller_flag().unwrap_or(sampled))
     }
 
-    /// Whether it is recorded.
     #[must_use]
-    pub fn is_recorded(&self) -> bool {
+    pub(crate) fn is_recorded(&self) -> bool {
         self.recorded.get()
     }
 }
 
-/// How calls are named, and which are recorded.
+/// Creates calls: assigns request ids and decides which calls are recorded.
 #[derive(Clone, Copy, Debug)]
 pub struct CallTracer {
     random_ids: RandomIds,
@@ -128,44 +127,45 @@ pub struct CallTracer {
 }
 
 impl CallTracer {
-    /// Processes with the same seed would give the same names.
+    /// Processes must have different seeds, or they generate the same ids.
     #[must_use]
     pub const fn new(seed: u64, sampling: SamplingPolicy) -> CallTracer {
         CallTracer { random_ids: RandomIds::with_seed(seed), sampling }
     }
 
-    /// A call with these headers; None = they are known to name neither it nor its trace. A request id that is none is
-    /// as good as missing: it is made then.
+    /// Creates a call. `headers` are `None` if they are known to have no ids. An invalid request id is replaced by a
+    /// generated one.
     #[must_use]
     pub fn new_call(&self, headers: Option<&HeaderMap>, peer: Option<IpAddr>, now: Timestamp) -> TracedCall {
-        let drawn = self.sampling.sample(|| self.random_ids.next_id().derive_independent());
-        TracedCall::new(headers, peer, self.random_ids.next_id().request_id(now.as_millis()), drawn)
+        let sampled = self.sampling.sample(|| self.random_ids.next_id().derive_independent());
+        TracedCall::new(headers, peer, self.random_ids.next_id().request_id(now.as_millis()), sampled)
     }
 
-    /// The span of this task's call, if it is recorded. To be made once, before any other.
+    /// Creates the root span of this task's call, if the call should be recorded. Must be called once, before other
+    /// spans.
     #[must_use]
     pub fn start_span(&self, method: &'static str) -> Option<Span> {
         with_current(|call| call.should_record().then(|| create_call_span(call, method)))?
     }
 }
 
-/// Answers a call: whatever `answer` logs, decides and records is this call's.
+/// Runs a future as this call: its log lines, decisions and spans belong to the call.
 pub async fn scope<F: Future>(call: TracedCall, answer: F) -> F::Output {
     CURRENT.scope(call, answer).await
 }
 
-/// The same of what does not wait.
-pub fn sync_scope<T>(call: TracedCall, answer: impl FnOnce() -> T) -> T {
+/// Runs a function as this call, as [`scope`] does a future.
+pub(crate) fn sync_scope<T>(call: TracedCall, answer: impl FnOnce() -> T) -> T {
     CURRENT.sync_scope(call, answer)
 }
 
-/// The call that this task answers.
-pub fn with_current<T>(look: impl FnOnce(&TracedCall) -> T) -> Option<T> {
+/// Passes this task's call to a function; `None` outside of a call.
+pub(crate) fn with_current<T>(look: impl FnOnce(&TracedCall) -> T) -> Option<T> {
     CURRENT.try_with(look).ok()
 }
 
-/// Goes on with this task's call in another task.
-pub fn propagate<F: Future>(future: F) -> impl Future<Output = F::Output> {
+/// Lets a future of another task run as this task's call.
+pub(crate) fn propagate<F: Future>(future: F) -> impl Future<Output = F::Output> {
     let (call, span) = (with_current(TracedCall::clone), recorded_span().unwrap_or_else(Span::none));
     let future = future.instrument(span);
     async move {
@@ -176,9 +176,9 @@ pub fn propagate<F: Future>(future: F) -> impl Future<Output = F::Output> {
     }
 }
 
-/// The call's request is about another one, which has a name and a trace too: what the call itself was not told, it
-/// takes from there.
-pub fn adopt_ids(request_id: Option<RequestId>, parent: impl FnOnce() -> Option<RemoteTraceContext>) {
+/// Adopts the request id and trace of the proxied request that this call is about. A trace that the call received
+/// itself stays.
+pub(crate) fn adopt_ids(request_id: Option<RequestId>, parent: impl FnOnce() -> Option<RemoteTraceContext>) {
     with_current(|call| {
         if let Some(id) = request_id {
             call.request_id.replace(id);
@@ -191,15 +191,15 @@ pub fn adopt_ids(request_id: Option<RequestId>, parent: impl FnOnce() -> Option<
     });
 }
 
-/// Which calls are recorded.
+/// The policy that decides which calls are recorded.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct SamplingPolicy {
-    /// Of those whose caller says nothing, so many in 2^64; nothing = none is, whatever anybody says.
+    /// The sampling threshold for calls without a caller's flag; `None` = nothing is recorded.
     threshold: Option<u64>,
 }
 
 impl SamplingPolicy {
-    /// Calls that their caller records, and this share of the others, 0 to 1.
+    /// Records calls whose caller records them, and this ratio of the others, 0 to 1.
     #[must_use]
     pub fn with_ratio(ratio: f64) -> SamplingPolicy {
         SamplingPolicy { threshold: Some(sampling_threshold(ratio)) }
@@ -211,7 +211,7 @@ impl SamplingPolicy {
 }
 
 fn create_call_span(call: &TracedCall, method: &'static str) -> Span {
-    // A request over HTTP/1.1 is none of gRPC's.
+    // A request over HTTP/1.1 has no gRPC method.
     let (service, name) = method.split_once('/').unzip();
     let span = tracing::info_span!(
         target: SPAN_TARGET,
@@ -234,7 +234,7 @@ fn create_call_span(call: &TracedCall, method: &'static str) -> Span {
         keyward.denied = Empty,
     );
     if let Some(parent) = call.remote_context.borrow().as_ref() {
-        // It fails only where spans go nowhere.
+        // It fails only if no exporter runs.
         let _ =
             span.set_parent(opentelemetry::Context::new().with_remote_span_context(parent.to_span_context()));
     }
@@ -247,7 +247,7 @@ fn create_call_span(call: &TracedCall, method: &'static str) -> Span {
     span
 }
 
-/// Ends a call's span with the code that its caller hears. The server's own failures are errors, the caller's not.
+/// Records the status code of a call in its span. Only failures of the server count as errors.
 pub fn finish_span(span: &Span, code: tonic::Code) {
     use tonic::Code::{DataLoss, DeadlineExceeded, Internal, Unavailable, Unimplemented, Unknown};
     span.record("rpc.grpc.status_code", i32::from(code));
@@ -257,14 +257,14 @@ pub fn finish_span(span: &Span, code: tonic::Code) {
     }
 }
 
-/// The span of this task's call, if it is recorded: for what is known only later.
+/// The span of this task's call, if the call is recorded; for fields that are known late.
 #[must_use]
-pub fn recorded_span() -> Option<Span> {
+pub(crate) fn recorded_span() -> Option<Span> {
     with_current(|call| call.recorded.get())?.then(Span::current)
 }
 
-/// Runs `work` in a span of its own, if the call is recorded.
-pub async fn in_phase_span<F: Future>(name: CallPhase, work: F) -> F::Output {
+/// Runs a future in a child span, if the call is recorded.
+pub(crate) async fn in_phase_span<F: Future>(name: CallPhase, work: F) -> F::Output {
     let span = match recorded_span() {
         None => Span::none(),
         Some(_) => match name {
@@ -275,25 +275,25 @@ pub async fn in_phase_span<F: Future>(name: CallPhase, work: F) -> F::Output {
     work.instrument(span).await
 }
 
-/// What of a call has a span of its own.
+/// A phase of a call with its own span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CallPhase {
-    /// Until a change is recorded: the wait for its turn and the transaction that it goes with.
+pub(crate) enum CallPhase {
+    /// Waiting for the commit of a change, and the commit itself.
     Commit,
-    /// Until a change is in force everywhere.
+    /// Waiting until a change is in force on every replica.
     Propagation,
 }
 
 static LOST_SPANS: AtomicU64 = AtomicU64::new(0);
 
-/// Notes that spans were recorded and did not arrive. The exporter is the process's, as this count is.
-pub fn add_lost_spans(spans: u64) {
+/// Counts recorded spans that were dropped. The exporter is global to the process, and so is this count.
+pub(crate) fn add_lost_spans(spans: u64) {
     LOST_SPANS.fetch_add(spans, Ordering::Relaxed);
 }
 
-/// How many spans were recorded and did not arrive.
+/// Number of recorded spans that were dropped.
 #[must_use]
-pub fn lost_spans() -> u64 {
+pub(crate) fn lost_spans() -> u64 {
     LOST_SPANS.load(Ordering::Relaxed)
 }
 
@@ -316,9 +316,9 @@ mod tests {
 
     #[test]
     fn a_call_has_the_callers_trace_and_id_or_an_id_of_its_own() {
-        let told = call(&[("traceparent", SAMPLED), ("x-request-id", "r-1")]);
-        assert_eq!(told.request_id().to_string(), "r-1");
-        assert_eq!(told.trace_id().unwrap().to_string(), "0af7651916cd43dd8448eb211c80319c");
+        let received = call(&[("traceparent", SAMPLED), ("x-request-id", "r-1")]);
+        assert_eq!(received.request_id().to_string(), "r-1");
+        assert_eq!(received.trace_id().unwrap().to_string(), "0af7651916cd43dd8448eb211c80319c");
         let (one, other) = (call(&[]), call(&[("x-request-id", "no id")]));
         assert_eq!((one.trace_id(), one.request_id().to_string().len()), (None, 36));
         assert_eq!(other.request_id().to_string().len(), 36);

@@ -1,8 +1,10 @@
-//! The oldest part of the log leaves for a file. First the file is written, read back and verified; then an entry of the
-//! log says what it holds, so that the chain itself vouches for where it now begins; and then the entries go.
+//! Moves the oldest part of the audit log to an archive file.
 //!
-//! No replica may miss what it has not acknowledged, and each renews against the newest entry that it has: nothing leaves
-//! that is not behind what all of them have acknowledged.
+//! Three steps: write the file, read it back and verify it; append an entry that states its contents; remove the
+//! archived entries from the database. The appended entry makes the chain itself prove where it now begins.
+//!
+//! Only entries that every replica has acknowledged are removed: a replica reads the entries that it has not applied,
+//! and renews its lease against the newest one that it has.
 
 use std::{
     fs::File,
@@ -33,60 +35,52 @@ use super::maintenance_entry;
 const PAGE: u32 = 1000;
 const METHOD: &str = "keyward audit archive";
 
-/// Why nothing was archived, or not all that could be. Each says what to do.
+/// Why an archive failed or is incomplete. Each message names the next step.
 #[derive(Debug, thiserror::Error)]
-pub enum ArchiveError {
-    /// The file cannot be written or read back.
+pub(crate) enum ArchiveError {
+    /// The archive file cannot be written or read back.
     #[error("the archive {path} cannot be written: {source}")]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: std::io::Error,
-    },
-    /// The log is not whole.
-    #[error("the log is damaged, and nothing was taken out of it: {0}. 'keyward audit verify' says more")]
+    File { path: PathBuf, source: std::io::Error },
+    /// The hash chain is broken.
+    #[error("the log is damaged, and nothing was removed from it: {0}. 'keyward audit verify' shows details")]
     Damaged(String),
-    /// Replicas are in no state in which entries may go.
+    /// The state of the replicas does not allow entries to be removed.
     #[error("{0}")]
     Replicas(String),
-    /// The database failed before any entry was taken out.
+    /// The database failed before any entry was removed.
     #[error(
-        "the database failed; nothing was taken out of the log, and the file holds nothing that is not there"
+        "the database failed; nothing was removed from the log, and the file holds nothing that the log does not"
     )]
     Store(#[from] StoreError),
-    /// The database failed when the archive was noted.
+    /// The database failed while the `log.archived` entry was appended.
     #[error(
-        "the database failed when the archive was noted; keep the file, and see with 'keyward audit list' whether \
+        "the database failed while the archive was recorded; keep the file, and check with 'keyward audit list' whether \
          the log has an entry log.archived for it"
     )]
     Commit(#[from] CommitError),
-    /// The database failed in between.
+    /// The database failed after the `log.archived` entry was appended.
     #[error(
-        "the archive is noted, and not all of its entries were taken out of the log; keep the file, and run the \
-         command again: it goes on there"
+        "the archive is recorded, but not all of its entries were removed from the log; keep the file, and run the \
+         command again to finish"
     )]
     RemoveEntries(#[source] StoreError),
 }
 
-/// What was archived.
+/// The entries that one run archived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ArchiveSummary {
-    /// The first entry in the file.
-    pub first: Revision,
-    /// The last.
-    pub last: Revision,
-    /// How many.
-    pub entries: u64,
-    /// Some of the entries asked for had to stay: a replica has not acknowledged them.
-    pub is_held_back: bool,
+pub(crate) struct ArchiveSummary {
+    /// First entry in the file.
+    pub(crate) first: Revision,
+    pub(crate) last: Revision,
+    pub(crate) entries: u64,
+    /// A replica has not acknowledged some of the requested entries, so they stay in the log.
+    pub(crate) is_held_back: bool,
 }
 
-/// Archives the entries made before an instant to a new file. None = there are none.
+/// Archives the entries made before an instant to a new file. Returns `None` if there are none.
 ///
-/// # Errors
-/// When the file cannot be written, the log is not whole, a replica stands in the way, or the database fails.
-pub async fn archive_log(
+/// Fails if the file cannot be written, the chain is broken, or the database fails.
+pub(crate) async fn archive_log(
     store: &dyn Store,
     oldest_acknowledged: Revision,
     before: Timestamp,
@@ -95,7 +89,7 @@ pub async fn archive_log(
 ) -> Result<Option<ArchiveSummary>, ArchiveError> {
     let checkpoint = store.newest_checkpoint().await?;
     if let Some(noted) = &checkpoint {
-        // What a run that was broken off has left.
+        // Finish what an interrupted run left.
         store.archive_log(noted).await.map_err(ArchiveError::RemoveEntries)?;
     }
     let after = checkpoint.map_or(LogPosition::START, |made| LogPosition {
@@ -103,7 +97,8 @@ pub async fn archive_log(
         hash: made.head.hash,
     });
     let head = store.log_head().await?.revision;
-    // The newest entry stays: the next one leads to its hash. And so does what a replica may renew against.
+    // The newest entry stays, because the next entry links to its hash. So does the entry that a replica may renew
+    // against.
     let last = Revision(head.0.min(oldest_acknowledged.0).saturating_sub(1));
     let file = |source| ArchiveError::File { path: path.to_owned(), source };
     let mut output = ArchiveWriter::create(path).map_err(file)?;
@@ -119,7 +114,7 @@ pub async fn archive_log(
     verify_archive(path, after, &chain)?;
     let archived = ArchivedRange { end: chain.position.into(), entries: chain.entry_count, file_sha256 };
     let via = ChangeOrigin { archived: Some(archived), ..ChangeOrigin::UNKNOWN };
-    // Has the chain say what was archived.
+    // The chain must state what was archived before the entries go.
     if !maintenance_entry::append_entry::<ArchiveError>(store, AuditAction::LogArchived, via, METHOD, clock)
         .await?
     {
@@ -138,34 +133,33 @@ pub async fn archive_log(
     }))
 }
 
-/// The newest change that every replica has acknowledged; the newest that can be, where there are none.
+/// The newest change that every replica has acknowledged; the highest revision possible if there are no replicas.
 ///
-/// # Errors
-/// When one is just loading, or the database may have lost the rows of some.
-pub async fn min_acknowledged_revision(store: Arc<dyn Store>) -> Result<Revision, ArchiveError> {
-    let Some(fleet) = store.replica_registry() else { return Ok(Revision(u64::MAX)) };
-    let roster = fleet.list_replicas(&[]).await?;
-    if !roster.listing.is_complete() {
-        let said = "after a failover of the database somebody may hold a lease that it does not know of: wait for one \
-                    lease (keyward replicas list), and try again";
-        return Err(ArchiveError::Replicas(said.to_owned()));
+/// Fails if a replica is still loading, or the database may have lost the rows of some replicas.
+pub(crate) async fn min_acknowledged_revision(store: Arc<dyn Store>) -> Result<Revision, ArchiveError> {
+    let Some(registry) = store.replica_registry() else { return Ok(Revision(u64::MAX)) };
+    let snapshot = registry.list_replicas(&[]).await?;
+    if !snapshot.listing.is_complete() {
+        let problem = "after a database failover, a replica may hold a lease that the database has lost: wait for one lease \
+                       period (keyward replicas list), then retry";
+        return Err(ArchiveError::Replicas(problem.to_owned()));
     }
     let mut oldest = Revision(u64::MAX);
-    for row in &roster.listing.rows {
+    for row in &snapshot.listing.rows {
         let Some(applied) = row.applied else {
-            let name = roster.names.get(&row.id).cloned().unwrap_or_default();
-            let said = format!(
-                "the replica {name} is loading and needs the log as it is: wait until it serves; or, if it is gone, say \
-                 so with 'keyward replicas attest-dead {name} --seen-gone'"
+            let name = snapshot.names.get(&row.id).cloned().unwrap_or_default();
+            let problem = format!(
+                "the replica {name} is loading and needs the log unchanged: wait until it serves; or, if it is gone, \
+                 confirm that with 'keyward replicas attest-dead {name} --seen-gone'"
             );
-            return Err(ArchiveError::Replicas(said));
+            return Err(ArchiveError::Replicas(problem));
         };
         oldest = oldest.min(applied);
     }
     Ok(oldest)
 }
 
-/// The file in the making.
+/// An archive file while it is written, with its running SHA-256.
 struct ArchiveWriter {
     path: PathBuf,
     file: BufWriter<File>,
@@ -183,7 +177,8 @@ impl ArchiveWriter {
         self.file.write_all(line.as_bytes())
     }
 
-    /// Writes the entries after one, up to one, made before an instant. Where that ended, and whether `last` ended it.
+    /// Writes the entries after `after`, up to `last`, that were made before an instant. Returns the chain at the end,
+    /// and whether `last` ended it.
     async fn write_entries(
         &mut self,
         store: &dyn Store,
@@ -216,7 +211,7 @@ impl ArchiveWriter {
         }
     }
 
-    /// Ends the file and sees it on disk. Gives its SHA-256 in hex.
+    /// Writes the trailer and syncs the file to disk. Returns its SHA-256 in hex.
     fn finish(mut self, chain: &ChainVerifier) -> std::io::Result<String> {
         self.write_line(&log_export::trailer_line(chain.position, chain.entry_count))?;
         self.file.flush()?;
@@ -225,7 +220,7 @@ impl ArchiveWriter {
     }
 }
 
-/// What is on disk is what was to be written.
+/// Reads the file back and checks that it holds the expected part of the chain.
 fn verify_archive(path: &Path, after: LogPosition, chain: &ChainVerifier) -> Result<(), ArchiveError> {
     let failed = |source: std::io::Error| ArchiveError::File { path: path.to_owned(), source };
     let mut verifier = LogExportVerifier::default();
@@ -239,6 +234,6 @@ fn verify_archive(path: &Path, after: LogPosition, chain: &ChainVerifier) -> Res
     if (whole.after, whole.end) == (after, chain.position) {
         Ok(())
     } else {
-        Err(failed(std::io::Error::other("it does not hold what was written")))
+        Err(failed(std::io::Error::other("the file does not hold what was written")))
     }
 }

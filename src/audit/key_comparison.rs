@@ -1,5 +1,7 @@
-//! Keys of the tables compared with the log. There are many more of them than of all other records, so a key whose row says
-//! exactly what its newest entry says is compared as text, and is not looked up again when planted rows are searched.
+//! Compares the key tables with the audit log.
+//!
+//! Keys outnumber all other records. If a key's row is exactly what its newest entry has, both are compared as text,
+//! and the search for planted rows skips the row.
 
 use std::collections::{HashMap, HashSet};
 
@@ -13,55 +15,18 @@ use crate::{
     store::{BulkReader, Store, StoreError, StoredKey},
 };
 
-use super::table_comparison::{TableComparison, compare};
+use super::{
+    revision_set::RevisionSet,
+    table_comparison::{TableComparison, compare},
+};
 
-/// How many keys are in memory at once.
+/// Keys in memory at once.
 const PAGE: usize = 500;
-/// How many ids are read at once.
+/// Ids that are read at once.
 const SCANNED: u32 = 5000;
 
-/// Revisions from a first one on, a bit each.
-#[derive(Debug)]
-pub(super) struct RevisionSet {
-    first: u64,
-    words: Vec<u64>,
-}
-
-impl RevisionSet {
-    pub(super) fn starting_at(first: Revision) -> RevisionSet {
-        RevisionSet { first: first.0, words: Vec::new() }
-    }
-
-    /// Adds a revision; whether it was not in the set. One before the first is never in it.
-    fn insert(&mut self, revision: Revision) -> bool {
-        let Some((word, bit)) = self.word_and_bit(revision) else { return true };
-        if word >= self.words.len() {
-            self.words.resize(word + 1, 0);
-        }
-        let is_new = self.words[word] & bit == 0;
-        self.words[word] |= bit;
-        is_new
-    }
-
-    fn contains(&self, revision: Revision) -> bool {
-        let place = self.word_and_bit(revision);
-        place.is_some_and(|(word, bit)| self.words.get(word).is_some_and(|word| word & bit != 0))
-    }
-
-    fn word_and_bit(&self, revision: Revision) -> Option<(usize, u64)> {
-        let offset = revision.0.checked_sub(self.first)?;
-        Some((usize::try_from(offset / 64).ok()?, 1 << (offset % 64)))
-    }
-}
-
-/// The key that an entry is about, where its column and its payload agree on it.
-pub(super) fn entry_key_id(row: &LogEntry) -> Option<KeyId> {
-    let id = row.key_id?;
-    let record = row.payload.strip_prefix(r#"{"key":{"id":""#)?;
-    record.starts_with(&id.to_string()).then_some(id)
-}
-
-/// Whether an entry says exactly this of a key, as this version writes it. Another version may write the same differently.
+/// Whether an entry has exactly this key, as this version of Keyward encodes it. Another version may encode the same
+/// key differently.
 fn entry_matches_key(row: &LogEntry, key: &ApiKey, text: &mut Vec<u8>) -> bool {
     text.clear();
     text.extend_from_slice(br#"{"key":"#);
@@ -75,15 +40,15 @@ fn entry_matches_key(row: &LogEntry, key: &ApiKey, text: &mut Vec<u8>) -> bool {
 }
 
 impl TableComparison {
-    /// Compares keys with the newest entry of a page about each. `entries` are those about keys in their order; the page
-    /// must be known to be whole.
+    /// Compares keys with the newest entry of a page about each. `entries` are the page's entries about keys, in order.
+    /// The caller has verified the page.
     pub(super) async fn compare_key_entries(
         &mut self,
         store: &dyn Store,
         reader: &mut dyn BulkReader,
         mut entries: Vec<(KeyId, &LogEntry)>,
     ) -> Result<(), StoreError> {
-        // Of those about one key, the newest stays last, and is the one that is kept.
+        // Keep the newest entry about each key.
         entries.sort_by_key(|(id, _)| *id);
         entries.dedup_by(|next, kept| {
             let is_same = next.0 == kept.0;
@@ -104,7 +69,7 @@ impl TableComparison {
             Err(StoreError::Damaged(_)) => {
                 let stored = self.load_keys(store, &ids).await?;
                 for (id, row) in entries {
-                    // A key whose row contradicts itself was noted already.
+                    // A key with a damaged row was recorded already.
                     let Some(stored) = stored.get(&id) else { continue };
                     self.key_entry(id, row, stored.as_ref().map(|stored| &stored.key), &mut text);
                 }
@@ -114,7 +79,7 @@ impl TableComparison {
         Ok(())
     }
 
-    /// Compares a key with the newest entry of a page about it. `text` is room that is used again.
+    /// Compares a key with the newest entry of a page about it. `text` is a reused buffer.
     fn key_entry(&mut self, id: KeyId, row: &LogEntry, key: Option<&ApiKey>, text: &mut Vec<u8>) {
         match key {
             // A later entry is about it.
@@ -128,14 +93,14 @@ impl TableComparison {
     }
 
     fn compare_parsed(&mut self, id: KeyId, row: &LogEntry, key: Option<&ApiKey>) {
-        // What a newer version wrote is not compared by this one.
+        // An entry of a newer version may not parse; it is skipped.
         if let Ok(RecordChange::Key(logged)) = serde_json::from_str(&row.payload) {
             let found = compare(key, &*logged, |key| key.revision);
             self.add_comparison(format!("key {id}"), row.revision, &found);
         }
     }
 
-    /// The keys with these ids; those whose rows contradict themselves are noted and left out.
+    /// Loads the keys with these ids. Damaged rows are recorded as mismatches and left out.
     pub(super) async fn load_keys(
         &mut self,
         store: &dyn Store,
@@ -161,15 +126,15 @@ impl TableComparison {
         Ok(keys)
     }
 
-    /// Looks for keys that no entry has made. A row is believed without another look if it alone has the revision of an
-    /// entry that was found to say what the row says.
+    /// Looks for keys without an entry in the log. A row needs no second look if it alone has the revision of an entry
+    /// that it matches.
     pub(super) async fn find_planted_keys(
         &mut self,
         store: &dyn Store,
         reader: &mut dyn BulkReader,
         archived: Revision,
     ) -> Result<(), StoreError> {
-        let mut claimed = RevisionSet::starting_at(Revision(self.matched_revisions.first));
+        let mut claimed = RevisionSet::starting_at(self.matched_revisions.first());
         let mut claimed_twice = HashSet::new();
         self.scan_keys(store, reader, archived, |records, _, revision| {
             if !records.matched_revisions.contains(revision) {
@@ -189,7 +154,7 @@ impl TableComparison {
         self.scan_keys(store, reader, archived, |_, _, revision| claimed_twice.contains(&revision)).await
     }
 
-    /// Goes through all keys, and looks closely at those that `is_suspect` names.
+    /// Scans all keys, and checks those for which `is_suspect` is true.
     async fn scan_keys(
         &mut self,
         store: &dyn Store,
@@ -216,7 +181,7 @@ impl TableComparison {
         self.check_keys_logged(store, archived, &suspects).await
     }
 
-    /// Reads keys whole, and requires an entry about each.
+    /// Loads keys and checks that each has an entry.
     async fn check_keys_logged(
         &mut self,
         store: &dyn Store,
@@ -234,30 +199,15 @@ impl TableComparison {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeSet, sync::Arc};
-
-    use proptest::prelude::*;
+    use std::sync::Arc;
 
     use super::*;
+    use crate::audit::table_comparison::entry_key_id;
     use crate::domain::{
         key::tests::sample_key,
         log::{GENESIS_HASH, tests::sample_entry},
         log_payload::{self, ChangeOrigin},
     };
-
-    proptest! {
-        #[test]
-        fn a_set_of_revisions_holds_what_was_added(first in 0u64..300, offsets in proptest::collection::vec(0u64..300, 0..40)) {
-            let (mut set, mut model) = (RevisionSet::starting_at(Revision(first)), BTreeSet::new());
-            prop_assert!(first == 0 || set.insert(Revision(first - 1)), "it is never in it");
-            for revision in offsets.iter().map(|offset| first + offset) {
-                prop_assert_eq!(set.insert(Revision(revision)), model.insert(revision));
-            }
-            for revision in 0..700 {
-                prop_assert_eq!(set.contains(Revision(revision)), model.contains(&revision));
-            }
-        }
-    }
 
     #[test]
     fn an_entry_says_a_key_with_and_without_how_it_came_about() {

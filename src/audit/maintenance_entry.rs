@@ -1,4 +1,4 @@
-//! Entries of the log about what was done to the log or the database itself.
+//! Appends audit entries about operations on the log or the database itself.
 
 use std::sync::Arc;
 
@@ -12,11 +12,8 @@ use crate::{
     store::{CommitError, Store, StoreError, WriteRequest},
 };
 
-/// Writes an entry about the operator account, which stays as it is. False = there is no such account.
-///
-/// # Errors
-/// When the database fails.
-pub async fn append_entry<E: From<StoreError> + From<CommitError>>(
+/// Appends an entry about the operator account, which stays unchanged. Returns false if there is no such account.
+pub(crate) async fn append_entry<E: From<StoreError> + From<CommitError>>(
     store: &dyn Store,
     action: AuditAction,
     via: ChangeOrigin,
@@ -30,7 +27,7 @@ pub async fn append_entry<E: From<StoreError> + From<CommitError>>(
             actor: Actor { origin: via.clone(), ..Actor::SYSTEM },
             ..WriteRequest::from_system(RecordChange::Account(Arc::new(account)), expect, action, method, now)
         };
-        // Else it was changed meanwhile.
+        // Otherwise the account was changed concurrently.
         if store.commit(&[write]).await?.outcomes.iter().all(Result::is_ok) {
             return Ok(true);
         }

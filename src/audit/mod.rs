@@ -1,10 +1,11 @@
-//! The audit log as evidence: that it is whole and the tables agree with it, that its head is known outside, and
-//! that its oldest part can leave for a file. What an entry is stands in `domain`, where it is kept in `store`, how it is
-//! shown in `grpc/audit_service.rs`.
+//! The audit log as evidence: its verification, the publication of its head, and archives of its oldest part.
+//!
+//! An entry is defined in `domain`, stored in `store`, and rendered in `grpc/audit_service.rs`.
 
-pub mod archive;
-pub mod head_publisher;
+pub(crate) mod archive;
+pub(crate) mod head_publisher;
 mod key_comparison;
-pub mod maintenance_entry;
+pub(crate) mod maintenance_entry;
+mod revision_set;
 mod table_comparison;
-pub mod verify;
+pub(crate) mod verify;

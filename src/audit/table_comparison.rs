@@ -1,7 +1,9 @@
-//! The tables held against the log. Whoever can write the database could put an older row back, take one out, or plant one:
-//! each has a checksum that anybody can make. So each record must be what the newest entry about it says.
+//! Compares the tables of the database with the audit log.
 //!
-//! What the newest entry about a record was archived cannot be told here; its row is believed.
+//! Somebody with write access to the database could restore an older row, delete a row, or plant one: anybody can
+//! compute a row's checksum. So each record must equal its newest entry.
+//!
+//! A record whose newest entry was archived cannot be compared; its row is trusted.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -17,45 +19,44 @@ use crate::{
     store::{BulkReader, Store, StoreError, StoredKey},
 };
 
-use super::key_comparison::{RevisionSet, entry_key_id};
+use super::revision_set::RevisionSet;
 
-/// How many differences are told.
+/// Mismatches that a report lists at most.
 const MAX_MISMATCHES: usize = 100;
-/// How many records are in memory at once.
+/// Records in memory at once.
 const PAGE: u32 = 500;
 
-/// A record that is not what the log says.
+/// A record that differs from the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RecordMismatch {
-    /// Which, such as `key 0198…`.
-    pub record: String,
-    /// The entry about it.
-    pub revision: Revision,
-    /// What is wrong.
-    pub problem: String,
+pub(crate) struct RecordMismatch {
+    /// The record, such as `key 0198…`.
+    pub(crate) record: String,
+    /// Revision of the entry about the record; 0 if no entry is.
+    pub(crate) revision: Revision,
+    /// How the record differs, for people.
+    pub(crate) problem: String,
 }
 
-/// What was found so far.
+/// The state of a comparison: counts, matches and mismatches so far.
 #[derive(Debug)]
 pub(super) struct TableComparison {
     pub(super) compared_records: u64,
-    /// The entries that say what the row of a key says.
+    /// Revisions of the entries that match the row of a key.
     pub(super) matched_revisions: RevisionSet,
-    /// By record: one difference of each is enough.
+    /// By record; only the first mismatch of each is kept.
     mismatches: BTreeMap<String, RecordMismatch>,
-    /// Roles and members that an entry has and the tables have not: a later entry must end them.
+    /// Roles and members that an entry has and the tables lack: a later entry must delete them.
     missing_records: BTreeMap<String, Revision>,
 }
 
-/// How a record of the tables compares with an entry about it.
+/// The result of comparing a record with an entry about it.
 pub(super) enum RecordComparison {
-    /// The very record.
     Same,
-    /// Another one of the same revision.
+    /// The revisions are equal, the contents differ.
     Differs,
-    /// It is not there.
+    /// The tables lack the record.
     Missing,
-    /// It is at this revision.
+    /// The record in the tables has this revision.
     OtherRevision(Revision),
 }
 
@@ -75,7 +76,7 @@ pub(super) fn compare<T: PartialEq>(
 }
 
 impl TableComparison {
-    /// Nothing was compared yet; the first entry that will be has this revision.
+    /// An empty comparison whose first entry will have this revision.
     pub(super) fn starting_at(first: Revision) -> TableComparison {
         TableComparison {
             compared_records: 0,
@@ -85,10 +86,10 @@ impl TableComparison {
         }
     }
 
-    /// How many records were held against the log, and where they differ.
+    /// Returns the number of compared records, and the mismatches.
     pub(super) fn finish(mut self) -> (u64, Vec<RecordMismatch>) {
         for (record, revision) in std::mem::take(&mut self.missing_records) {
-            self.add_mismatch(record, revision, "the log has it, and the tables have not".to_owned());
+            self.add_mismatch(record, revision, "the log has it, and the tables do not".to_owned());
         }
         (self.compared_records, self.mismatches.into_values().collect())
     }
@@ -103,26 +104,22 @@ impl TableComparison {
     pub(super) fn add_comparison(&mut self, record: String, revision: Revision, found: &RecordComparison) {
         match found {
             RecordComparison::Same => self.compared_records += 1,
-            // A later entry is about it.
+            // A later entry covers it.
             RecordComparison::OtherRevision(newer) if *newer > revision => {}
             RecordComparison::OtherRevision(older) => {
-                let problem = format!("the tables hold an older state of it, of entry {older}");
+                let problem = format!("the tables hold an older state of it, from entry {older}");
                 self.add_mismatch(record, revision, problem);
             }
             RecordComparison::Differs => {
-                self.add_mismatch(
-                    record,
-                    revision,
-                    "the tables hold something else than the entry says".to_owned(),
-                );
+                self.add_mismatch(record, revision, "the tables differ from the entry".to_owned());
             }
             RecordComparison::Missing => {
-                self.add_mismatch(record, revision, "the log has it, and the tables have not".to_owned());
+                self.add_mismatch(record, revision, "the log has it, and the tables do not".to_owned());
             }
         }
     }
 
-    /// Holds the tables against entries that are known to be whole.
+    /// Compares the tables with entries that the caller has verified.
     pub(super) async fn compare_entries(
         &mut self,
         store: &dyn Store,
@@ -137,7 +134,7 @@ impl TableComparison {
                 keys.push((id, row));
                 continue;
             }
-            // What a newer version wrote is not held against anything by this one.
+            // An entry of a newer version may not parse; it is skipped.
             let Ok(change) = serde_json::from_str::<RecordChange>(&row.payload) else { continue };
             let name = record_name(&change);
             if matches!(change, RecordChange::RoleDeleted(_) | RecordChange::MemberRemoved(_)) {
@@ -166,7 +163,7 @@ impl TableComparison {
         let found = match change {
             RecordChange::Key(key) => match keys.get(&key.id) {
                 Some(found) => compare(found.as_ref().map(|found| &found.key), &**key, |key| key.revision),
-                // It is told of already.
+                // Its damaged row was recorded already.
                 None => return Ok(()),
             },
             RecordChange::Account(account) => {
@@ -188,7 +185,7 @@ impl TableComparison {
         };
         match (change, found) {
             (RecordChange::RoleDeleted(_) | RecordChange::MemberRemoved(_), RecordComparison::Missing) => {}
-            // Made anew since.
+            // Created again since.
             (
                 RecordChange::RoleDeleted(_) | RecordChange::MemberRemoved(_),
                 RecordComparison::OtherRevision(newer),
@@ -197,7 +194,7 @@ impl TableComparison {
                 self.add_mismatch(
                     name,
                     revision,
-                    "the log has ended it, and the tables still have it".to_owned(),
+                    "the log has deleted it, and the tables still have it".to_owned(),
                 );
             }
             (RecordChange::Role(_) | RecordChange::Member(_), RecordComparison::Missing) => {
@@ -208,7 +205,7 @@ impl TableComparison {
         Ok(())
     }
 
-    /// Looks for records that no entry has made. Those whose newest entry was archived are passed over.
+    /// Looks for records without an entry in the log. Those whose newest entry was archived are skipped.
     pub(super) async fn find_planted(
         &mut self,
         store: &dyn Store,
@@ -252,7 +249,7 @@ impl TableComparison {
         archived: Revision,
         account: Option<&AccountId>,
     ) -> Result<(), StoreError> {
-        // With an account's roles come the global ones.
+        // The store lists global roles with an account's own.
         let roles =
             store.list_roles(account).await?.into_iter().filter(|role| role.account.as_ref() == account);
         self.check_logged(store, archived, roles.map(|role| RecordChange::Role(Arc::new(role)))).await
@@ -274,7 +271,7 @@ impl TableComparison {
         }
     }
 
-    /// Requires that the entry at each record's revision is about that record.
+    /// Checks that the entry at each record's revision is about that record.
     pub(super) async fn check_logged(
         &mut self,
         store: &dyn Store,
@@ -297,14 +294,14 @@ impl TableComparison {
             self.add_mismatch(
                 name,
                 revision,
-                "the tables have it, and no entry of the log is about it".to_owned(),
+                "the tables have it, and the log has no entry about it".to_owned(),
             );
         }
         Ok(())
     }
 }
 
-/// The record that a change is about, for people.
+/// Names the record of a change, for people.
 fn record_name(change: &RecordChange) -> String {
     match change {
         RecordChange::Key(key) => format!("key {}", key.id),
@@ -317,4 +314,11 @@ fn record_name(change: &RecordChange) -> String {
             format!("member {} of account {}", member.user, member.account)
         }
     }
+}
+
+/// The key that an entry is about, if its column and its payload agree.
+pub(super) fn entry_key_id(row: &LogEntry) -> Option<KeyId> {
+    let id = row.key_id?;
+    let record = row.payload.strip_prefix(r#"{"key":{"id":""#)?;
+    record.starts_with(&id.to_string()).then_some(id)
 }

@@ -1,5 +1,6 @@
-//! Verifying the log: every hash made anew, link by link, a page at a time; the checkpoint that it begins with stated in
-//! the chain; and the tables held against it (`records.rs`).
+//! Verifies the audit log: recomputes the hash chain page by page, and compares the tables with it.
+//!
+//! The checkpoint of the last archive must be stated in the chain. `table_comparison.rs` compares the tables.
 
 use crate::{
     domain::{
@@ -13,68 +14,68 @@ use crate::{
     store::{ArchiveCheckpoint, BulkReader, Store, StoreError},
 };
 
-pub use super::table_comparison::RecordMismatch;
+pub(crate) use super::table_comparison::RecordMismatch;
 use super::table_comparison::TableComparison;
 
-/// How many entries are in memory at once, about a megabyte: fewer cost more turns from thread to thread, and more would
-/// leave the processor's cache before they are compared.
+/// Entries in memory at once, about a megabyte. Smaller pages cost more switches between threads; larger ones fall out
+/// of the processor's cache before they are compared.
 const PAGE: u32 = 1000;
 
-/// What is to be verified.
+/// What a verification covers.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct VerifyOptions {
-    /// From this entry on; None = from the oldest.
-    pub from: Option<Revision>,
-    /// Up to this entry; None = up to the newest.
-    pub to: Option<Revision>,
-    /// An entry whose hash is known from elsewhere.
-    pub expected_entry: Option<LogPosition>,
-    /// The chain alone, without the tables.
-    pub is_chain_only: bool,
+pub(crate) struct VerifyOptions {
+    /// First entry; `None` = the oldest.
+    pub(crate) from: Option<Revision>,
+    /// Last entry; `None` = the newest.
+    pub(crate) to: Option<Revision>,
+    /// An entry whose hash is known from another source.
+    pub(crate) expected_entry: Option<LogPosition>,
+    /// Verifies only the chain, not the tables.
+    pub(crate) is_chain_only: bool,
 }
 
-/// What became of an entry whose hash is known from elsewhere.
+/// The result for an entry whose hash is known from another source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ExpectedEntryStatus {
-    /// The log has it, with this hash.
+pub(crate) enum ExpectedEntryStatus {
+    /// The log has the entry with this hash.
     Found,
-    /// The log has another one in its place: this is another history.
+    /// The log has a different entry at this revision: its history is another one.
     Differs,
-    /// It was archived: the file has it.
+    /// The entry was archived; the archive file has it.
     Archived,
-    /// The log ends before it: entries were lost.
+    /// The log ends before the entry: entries were lost.
     Lost,
-    /// It lies outside of what was verified.
+    /// The entry is outside the verified range.
     OutOfRange,
 }
 
-/// What was found.
+/// The result of a verification.
 #[derive(Clone, Debug)]
-pub struct VerificationReport {
-    /// The first entry that was to be verified.
-    pub first: Revision,
-    /// The newest that was found to fit.
-    pub last: LogPosition,
-    /// How many were.
-    pub entries: u64,
-    /// Where the log ended when this began.
-    pub head: LogPosition,
-    /// Up to where it was archived.
-    pub checkpoint: Option<ArchiveCheckpoint>,
-    /// The first entry that does not fit, and what is wrong with it.
-    pub first_fault: Option<(Revision, String)>,
-    /// How many records of the tables were held against the log.
-    pub compared_records: u64,
-    /// Where they differ; the first of them.
-    pub mismatches: Vec<RecordMismatch>,
-    /// What became of the entry that was asked for.
-    pub expected_status: Option<ExpectedEntryStatus>,
+pub(crate) struct VerificationReport {
+    /// First entry of the range.
+    pub(crate) first: Revision,
+    /// Last entry that verified.
+    pub(crate) last: LogPosition,
+    /// Number of entries that verified.
+    pub(crate) entries: u64,
+    /// The head of the log when the verification started.
+    pub(crate) head: LogPosition,
+    /// The end of the archived part.
+    pub(crate) checkpoint: Option<ArchiveCheckpoint>,
+    /// The first entry that failed, and why.
+    pub(crate) first_fault: Option<(Revision, String)>,
+    /// Number of table records that were compared with the log.
+    pub(crate) compared_records: u64,
+    /// Records that differ from the log; only the first ones are listed.
+    pub(crate) mismatches: Vec<RecordMismatch>,
+    /// The result for [`VerifyOptions::expected_entry`].
+    pub(crate) expected_status: Option<ExpectedEntryStatus>,
 }
 
 impl VerificationReport {
-    /// Whether everything fits.
+    /// Whether the chain, the tables and the expected entry all verified.
     #[must_use]
-    pub fn is_valid(&self) -> bool {
+    pub(crate) fn is_valid(&self) -> bool {
         self.first_fault.is_none()
             && self.mismatches.is_empty()
             && !matches!(
@@ -88,32 +89,30 @@ impl VerificationReport {
     }
 }
 
-/// Verifies the log of a store.
 ///
-/// # Errors
-/// When the question makes no sense for this log, or the store fails.
-pub async fn verify_log(
+/// Fails if the range does not fit the log, or the store fails.
+pub(crate) async fn verify_log(
     store: &dyn Store,
-    question: VerifyOptions,
+    options: VerifyOptions,
 ) -> Result<VerificationReport, ServiceError> {
-    // The checkpoint first: should it move meanwhile, entries are missing, and the caller asks again.
+    // Read the checkpoint first. If it moves meanwhile, entries are missing, and the caller repeats the call.
     let checkpoint = store.newest_checkpoint().await?;
     let head = store.log_head().await?;
     let head = LogPosition { revision: head.revision, hash: head.hash };
     let oldest = checkpoint.map_or(LogPosition::START, |made| checkpoint_position(&made));
-    let (from, to) = resolve_range(question, oldest.revision, head.revision)?;
+    let (from, to) = resolve_range(options, oldest.revision, head.revision)?;
     let mut walk = LogVerifier {
         reader: store.bulk_reader(to.next().0.saturating_sub(from.0)),
         chain: ChainVerifier::from_position(oldest),
         to,
-        expected_entry: question.expected_entry,
-        expected_status: question
+        expected_entry: options.expected_entry,
+        expected_status: options
             .expected_entry
             .map(|expect| status_outside_walk(expect, oldest, from, to, head.revision)),
         checkpoint,
         is_checkpoint_stated: false,
         first_fault: None,
-        table_comparison: (!question.is_chain_only).then(|| TableComparison::starting_at(from)),
+        table_comparison: (!options.is_chain_only).then(|| TableComparison::starting_at(from)),
     };
     if from > oldest.revision.next() {
         walk.start_after(store, Revision(from.0 - 1)).await?;
@@ -124,7 +123,7 @@ pub async fn verify_log(
     let whole = walk.first_fault.is_none();
     let (records, mismatches) = match walk.table_comparison {
         Some(mut records) => {
-            // Of a broken chain nothing is to be learnt about the tables.
+            // A broken chain proves nothing about the tables.
             if whole {
                 records.find_planted(store, &mut *walk.reader, oldest.revision).await?;
             }
@@ -152,25 +151,25 @@ fn checkpoint_position(checkpoint: &ArchiveCheckpoint) -> LogPosition {
 }
 
 fn resolve_range(
-    question: VerifyOptions,
+    options: VerifyOptions,
     archived: Revision,
     head: Revision,
 ) -> Result<(Revision, Revision), ServiceError> {
-    let (from, to) = (question.from.unwrap_or(archived.next()), question.to.unwrap_or(head));
+    let (from, to) = (options.from.unwrap_or(archived.next()), options.to.unwrap_or(head));
     let mut violations = InvalidFields::default();
     violations.add_if(
         from <= archived,
         "from_revision",
-        format!("is archived, as is all up to {archived}: 'keyward audit verify --file' verifies an archive"),
+        format!("is archived, like all entries up to {archived}: 'keyward audit verify --file' verifies an archive"),
     );
     violations.add_if(from > head.next(), "from_revision", format!("the log ends at {head}"));
     violations.add_if(to > head, "to_revision", format!("the log ends at {head}"));
-    violations.add_if(to.next() < from, "to_revision", "must not lie before from_revision");
+    violations.add_if(to.next() < from, "to_revision", "must not be before from_revision");
     violations.into_result()?;
     Ok((from, to))
 }
 
-/// What is to be said of an expected entry that the walk does not meet.
+/// The status of an expected entry that the verification does not reach.
 fn status_outside_walk(
     expect: LogPosition,
     oldest: LogPosition,
@@ -184,7 +183,7 @@ fn status_outside_walk(
         revision if revision == oldest.revision && expect.hash == oldest.hash => ExpectedEntryStatus::Found,
         revision if revision == oldest.revision => ExpectedEntryStatus::Differs,
         revision if revision < from || revision > to => ExpectedEntryStatus::OutOfRange,
-        // It is found, unless the chain breaks before.
+        // Replaced when the entry is reached; it is not if the chain breaks first.
         _ => ExpectedEntryStatus::OutOfRange,
     }
 }
@@ -196,7 +195,7 @@ struct LogVerifier<'s> {
     expected_entry: Option<LogPosition>,
     expected_status: Option<ExpectedEntryStatus>,
     checkpoint: Option<ArchiveCheckpoint>,
-    /// The chain says that the checkpoint was made.
+    /// An entry of the chain states the checkpoint.
     is_checkpoint_stated: bool,
     first_fault: Option<(Revision, String)>,
     table_comparison: Option<TableComparison>,
@@ -208,7 +207,7 @@ impl LogVerifier<'_> {
         self.first_fault.get_or_insert((at, problem.to_string()));
     }
 
-    /// Begins in the middle: after an entry that is believed.
+    /// Starts after an entry in the middle of the log, whose hash is trusted.
     async fn start_after(&mut self, store: &dyn Store, revision: Revision) -> Result<(), StoreError> {
         match store.get_log_entries(&[revision]).await?.pop() {
             Some(row) => self.chain = ChainVerifier::from_position(LogPosition { revision, hash: row.hash }),
@@ -227,14 +226,14 @@ impl LogVerifier<'_> {
                 Err(error) => return Err(error),
             };
             if rows.is_empty() {
-                self.record_fault(format!("the entry is missing; the log should go on to {}", self.to));
+                self.record_fault(format!("the entry is missing; the log should continue to {}", self.to));
             }
             self.verify_page(store, &rows).await?;
         }
         Ok(())
     }
 
-    /// The entries of a page before the first that cannot be read as one.
+    /// Reads the entries of a page up to the first unreadable one.
     async fn read_until_damage(&mut self, store: &dyn Store, page: u32) -> Result<Vec<LogEntry>, StoreError> {
         let (mut rows, mut after) = (Vec::new(), self.chain.position.revision);
         while rows.len() < page as usize {
@@ -284,29 +283,30 @@ impl LogVerifier<'_> {
             });
         }
         if row.action == AuditAction::LogArchived.as_str()
-            && let Some(archived) = RedactedPayload::parse(&row.payload).and_then(|told| told.origin.archived)
+            && let Some(archived) =
+                RedactedPayload::parse(&row.payload).and_then(|payload| payload.origin.archived)
             && archived.end.to_position() == self.checkpoint.map(|made| checkpoint_position(&made))
         {
             self.is_checkpoint_stated = true;
         }
     }
 
-    /// The newest entry is the one that the tables call the head.
+    /// Checks that the newest entry is the head that the tables state.
     fn check_head(&mut self, head: LogPosition) {
         if self.first_fault.is_none() && self.to == head.revision && self.chain.position != head {
-            let problem = "the newest entry is not the one that the database calls its head";
+            let problem = "the newest entry is not the head that the database states";
             self.first_fault = Some((head.revision, problem.to_owned()));
         }
     }
 
-    /// A checkpoint that the chain does not state covers up that entries were taken away.
+    /// A checkpoint that the chain does not state hides removed entries.
     fn check_checkpoint_stated(&mut self, has_walked_all: bool) {
         if let Some(made) = self.checkpoint
             && self.first_fault.is_none()
             && has_walked_all
             && !self.is_checkpoint_stated
         {
-            let problem = "the entries up to here are gone, and no entry says that they were archived";
+            let problem = "the entries up to here are missing, and no entry states that they were archived";
             self.first_fault = Some((made.head.revision, problem.to_owned()));
         }
     }

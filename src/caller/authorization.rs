@@ -1,9 +1,11 @@
-//! Authorizes a change: evaluates the caller again, and records each role, member, account and key that it looks up in a
-//! read set. The change carries the read set into its transaction, which rejects it with
-//! [`Rejection::AuthorizationMoved`](crate::store::Rejection) if any record has moved; the use case then authorizes
+//! Authorizes a change: evaluates the caller again, and collects a read set of every role, member, account and key that
+//! it looks up.
+//!
+//! The change carries the read set into its transaction. If any of these records has moved, the transaction rejects the
+//! change with [`WriteRejection::AuthorizationChanged`](crate::store::WriteRejection), and the use case authorizes
 //! again from the start.
 //!
-//! A rule about a change looks up roles, members and accounts through [`Authorization`] and nowhere else: so no rule can
+//! Invariant: rules about a change look up roles, members and accounts only through [`Authorization`], so no rule can
 //! leave a record out of the read set.
 
 use std::sync::Arc;
@@ -22,34 +24,33 @@ use crate::{
     store::{ReadSet, WriteRequest},
 };
 
-use super::{Caller, CallerIdentity};
+use super::identity::{Caller, CallerIdentity};
 
-/// How often a change is authorized again after records that it rests on have moved.
-pub const MAX_AUTHORIZATION_ATTEMPTS: u32 = 16;
+/// Attempts to authorize a change whose read set keeps moving.
+pub(crate) const MAX_AUTHORIZATION_ATTEMPTS: u32 = 16;
 
-/// A caller with the read set of what it was judged by.
+/// An authorized caller, with the read set of its authorization.
 #[derive(Debug)]
-pub struct Authorization<'e> {
-    /// The caller as it is now.
-    pub caller: Caller,
+pub(crate) struct Authorization<'e> {
+    /// The caller, as the current state of the index grants it.
+    pub(crate) caller: Caller,
     engine: &'e Engine,
     read_set: ReadSet,
 }
 
 impl Caller {
-    /// Judges the caller again, and begins an authorization with what that has read. Nothing is charged.
+    /// Evaluates the caller again, and starts an authorization with the records that this reads. Charges no limits.
     ///
-    /// # Errors
-    /// When the caller may not make its call any more, or that cannot be known.
-    pub fn authorize<'e>(&self, engine: &'e Engine) -> Result<Authorization<'e>, ServiceError> {
+    /// Fails if the caller may no longer make this call, or the state is too old to decide.
+    pub(crate) fn authorize<'e>(&self, engine: &'e Engine) -> Result<Authorization<'e>, ServiceError> {
         let mut reads = ReadSet::default();
         let caller = match &self.identity {
             CallerIdentity::Key(_, digest) => {
                 let account = Some(&self.account).filter(|account| **account != AccountId::unspecified());
                 let anywhere = self.required_permission.is_none();
-                let judged =
+                let evaluated =
                     engine.reauthenticate_tracked(digest, account, anywhere, self.peer, &mut reads)?;
-                let (key, grants) = judged.map_err(|_| ServiceError::CallerRevoked)?;
+                let (key, grants) = evaluated.map_err(|_| ServiceError::CallerRevoked)?;
                 Caller { identity: CallerIdentity::Key(key, *digest), granted_scopes: grants, ..self.clone() }
             }
             CallerIdentity::Possession(_, digest) => {
@@ -71,43 +72,39 @@ impl Caller {
 }
 
 impl Authorization<'_> {
-    /// The role that a name stands for in an account, as it is recorded: its own before the global one.
-    pub fn resolve_role(&mut self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
+    /// The role with this name in an account, as recorded: the account's own role hides the global one.
+    pub(crate) fn resolve_role(&mut self, account: Option<&AccountId>, name: &RoleName) -> Option<Arc<Role>> {
         self.engine.index.resolve_role_tracked(account, name, &mut self.read_set)
     }
 
-    /// What a role's name grants in an account, as it is recorded; nothing if there is no such role.
-    pub fn role_scopes(&mut self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
+    /// The scopes that a role's name grants in an account, as recorded; empty if there is no such role.
+    pub(crate) fn role_scopes(&mut self, account: Option<&AccountId>, name: &RoleName) -> ScopeSet {
         self.resolve_role(account, name).map(|role| role.scopes.clone()).unwrap_or_default()
     }
 
-    /// An account, as it is recorded.
-    pub fn account(&mut self, id: &AccountId) -> Option<Arc<Account>> {
+    /// The account, as recorded.
+    pub(crate) fn account(&mut self, id: &AccountId) -> Option<Arc<Account>> {
         self.engine.index.account_record_tracked(id, &mut self.read_set)
     }
 
-    /// What the person that the caller acts for holds in the account that owns a service key. `None` if the caller acts
-    /// for nobody, or the key is a user's; `Some(None)` if the person is no member.
-    pub fn acting_user_scopes(&mut self, owner: &KeyOwner) -> Option<Option<ScopeSet>> {
+    /// The scopes of the acting user in the account that owns a service key. `None` if there is no acting user, or the
+    /// key is a user key; `Some(None)` if the user is no member.
+    pub(crate) fn acting_user_scopes(&mut self, owner: &KeyOwner) -> Option<Option<ScopeSet>> {
         let (user, account) = (self.caller.acting_user.clone()?, owner.account()?);
         Some(self.member_scopes(account, &user))
     }
 
-    /// Whether the person that the caller acts for may know of an account: only a member may.
-    ///
-    /// # Errors
-    /// When the person is no member. For them the account does not exist.
-    pub fn check_account_visible(&mut self, account: &AccountId) -> Result<(), ServiceError> {
+    /// Checks that the acting user, if any, is a member of the account. For others the account does not exist.
+    pub(crate) fn check_account_visible(&mut self, account: &AccountId) -> Result<(), ServiceError> {
         let Some(user) = self.caller.acting_user.clone() else { return Ok(()) };
         self.member_scopes(account, &user).map(drop).ok_or(ServiceError::NotFound(ResourceKind::Account))
     }
 
-    /// Whether the person that the caller acts for may change an account: only a member may whose role holds the
-    /// permission that the call needs.
+    /// Checks that the acting user, if any, may change the account: a member whose role holds the permission that the
+    /// call requires.
     ///
-    /// # Errors
-    /// When the person is no member, and the account does not exist for them; or when the role lacks the permission.
-    pub fn check_acting_user_change(&mut self, account: &AccountId) -> Result<(), ServiceError> {
+    /// Fails if the user is no member (then the account does not exist for it), or if the role lacks the permission.
+    pub(crate) fn check_acting_user_change(&mut self, account: &AccountId) -> Result<(), ServiceError> {
         let Some(user) = self.caller.acting_user.clone() else { return Ok(()) };
         let held = self.member_scopes(account, &user).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
         match self.caller.required_permission.filter(|permission| !permission.is_granted_by(&held)) {
@@ -116,12 +113,11 @@ impl Authorization<'_> {
         }
     }
 
-    /// Whether the person that the caller acts for may give or take these scopes in an account: rights over Keyward only
-    /// within the person's own role.
+    /// Checks that the acting user, if any, may grant or withdraw these scopes in an account: reserved scopes only
+    /// within the user's own role.
     ///
-    /// # Errors
-    /// When one goes beyond that; the message names it.
-    pub fn check_acting_user_grant(
+    /// Fails if a scope exceeds the user's role; the message names it.
+    pub(crate) fn check_acting_user_grant(
         &mut self,
         account: Option<&AccountId>,
         scopes: &ScopeSet,
@@ -137,7 +133,7 @@ impl Authorization<'_> {
         }
     }
 
-    /// A membership or role with a change in doubt gives nothing.
+    /// A membership or role with an uncertain change grants nothing.
     fn member_scopes(&mut self, account: &AccountId, user: &UserId) -> Option<ScopeSet> {
         let index = &self.engine.index;
         if let Some(member) = index.member_record_tracked(account, user, &mut self.read_set) {
@@ -148,9 +144,9 @@ impl Authorization<'_> {
         Some(role.map(|role| role.scopes.clone()).unwrap_or_default())
     }
 
-    /// The write of a change that was authorized so.
+    /// The write request of an authorized change.
     #[must_use]
-    pub fn into_write(
+    pub(crate) fn into_write(
         self,
         change: RecordChange,
         expect: Option<Revision>,

@@ -160,7 +160,7 @@ struct TempFolder(PathBuf);
 impl TempFolder {
     fn new() -> std::io::Result<TempFolder> {
         let path = crate::config::client::temp_dir().join(format!("keyward-bench-{}", std::process::id()));
-        private_file::create_dir(&path)?;
+        private_file::create_private_dir(&path)?;
         Ok(TempFolder(path))
     }
 }
@@ -198,7 +198,7 @@ impl BenchArgs {
         let mut servers = vec![self.connect_or_start(settings.clone(), &folder.0).await?];
         if let Some(file) = &self.against {
             let beside = folder.0.join("against");
-            private_file::create_dir(&beside)?;
+            private_file::create_private_dir(&beside)?;
             let called = Some(file.display().to_string());
             servers.push(BenchServer {
                 label: called,

@@ -1,8 +1,10 @@
-//! Which committed changes take something away. A change is held against what is in memory before it goes in there,
-//! by the rule that decides whether its caller waits for the other replicas.
+//! Records committed changes that restrict rights.
 //!
-//! Each change is written down by the process that made it, and no other: what others commit comes by another way.
-//! Whether a commit happened may be unknown for a while; such a change is known again when the log tells of it.
+//! A change is compared with the index before it is applied there, by the rule that decides whether its caller waits
+//! for other replicas.
+//!
+//! Only the process that made a change records it; changes of other replicas arrive through `apply_remote`. If the
+//! outcome of a commit is unknown at first, the change is recognized when it arrives there.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -15,27 +17,27 @@ use crate::{
     store::{WriteRequest, group_commit::ChangeListener},
 };
 
-use super::{DecisionLogState, record::DecisionRecord};
+use super::{queue::DecisionLogState, record::DecisionRecord};
 
-/// Follows in front of another.
+/// A listener that records restricting changes and then passes every change on.
 pub(super) struct RestrictionListener {
     log: Arc<DecisionLogState>,
     inner: Arc<dyn ChangeListener>,
     index: Arc<Index>,
-    /// Changes of this process that may or may not be recorded: no more than one batch of them.
+    /// Changes of this process with an unknown outcome: at most one batch.
     uncertain: Mutex<Vec<RecordChange>>,
 }
 
 impl RestrictionListener {
     pub(super) fn new(
         log: Arc<DecisionLogState>,
-        follower: Arc<dyn ChangeListener>,
+        inner: Arc<dyn ChangeListener>,
         index: Arc<Index>,
     ) -> RestrictionListener {
-        RestrictionListener { log, inner: follower, index, uncertain: Mutex::default() }
+        RestrictionListener { log, inner, index, uncertain: Mutex::default() }
     }
 
-    /// Writes down those that take something away.
+    /// Records the changes that restrict rights.
     fn record_restrictions<'a>(&self, rows: impl Iterator<Item = &'a (LogEntry, RecordChange)>) {
         let mut earlier: Vec<&RecordChange> = Vec::new();
         for (row, change) in rows.filter(|(row, _)| row.revision > self.inner.applied_revision()) {
@@ -48,7 +50,7 @@ impl RestrictionListener {
         }
     }
 
-    /// One batch may change a key twice.
+    /// Whether a change restricts rights. One batch may change a key twice, so earlier changes of the batch count.
     fn is_restriction(&self, change: &RecordChange, earlier: &[&RecordChange]) -> bool {
         let RecordChange::Key(key) = change else { return self.index.is_restriction(change) };
         let before = earlier.iter().rev().find_map(|change| match change {
@@ -75,9 +77,9 @@ impl ChangeListener for RestrictionListener {
 
     fn apply_remote(&self, rows: &[(LogEntry, RecordChange)]) {
         let ours = {
-            let doubtful = self.lock_uncertain();
+            let uncertain = self.lock_uncertain();
             let is_ours = |row: &LogEntry, change: &RecordChange| {
-                doubtful.iter().any(|doubt| doubt.clone().with_revision(row.revision) == *change)
+                uncertain.iter().any(|change_made| change_made.clone().with_revision(row.revision) == *change)
             };
             rows.iter().filter(|(row, change)| is_ours(row, change)).collect::<Vec<_>>()
         };

@@ -1,4 +1,4 @@
-//! Where the decision log is written: a thread of its own, since files and standard error may block.
+//! The thread that writes the decision log. It is a separate thread because files and standard error may block.
 
 use std::{
     fs::File,
@@ -11,28 +11,28 @@ use std::{
 use anyhow::Context as _;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{DecisionLogState, DecisionLogTarget, record::DecisionRecord};
 use crate::private_file;
 
-/// How many records are written before the file is looked at again.
+use super::{
+    queue::{DecisionLogState, WriterMessage},
+    record::DecisionRecord,
+    settings::DecisionLogTarget,
+};
+
+/// Records that are written before the file is checked for rotation again.
 const MAX_BATCH_SIZE: usize = 256;
 
-pub(super) enum WriterMessage {
-    Record(Box<DecisionRecord>),
-    Stop,
-}
-
-/// The thread that writes.
+/// A handle to wait for the thread's end.
 pub(super) struct WriterThread(oneshot::Receiver<()>);
 
 impl WriterThread {
-    /// Starts it.
+    /// Opens the target and starts the thread.
     pub(super) fn start(
-        place: &DecisionLogTarget,
+        target: &DecisionLogTarget,
         waiting: mpsc::Receiver<WriterMessage>,
         log: Weak<DecisionLogState>,
     ) -> anyhow::Result<WriterThread> {
-        let sink = match place {
+        let sink = match target {
             DecisionLogTarget::Log => DecisionSink::Log,
             DecisionLogTarget::File(path) => {
                 let open = RotatedLogFile::open(path);
@@ -46,13 +46,13 @@ impl WriterThread {
         let (ending, ended) = oneshot::channel();
         std::thread::Builder::new().name("keyward-decisions".to_owned()).spawn(move || {
             run_writer(sink, waiting, &log);
-            // Who waited for it may have given up.
+            // The waiting side may have timed out.
             let _ = ending.send(());
         })?;
         Ok(WriterThread(ended))
     }
 
-    /// Waits until it has ended.
+    /// Waits until the thread has ended.
     pub(super) async fn join(self) {
         let _ = self.0.await;
     }
@@ -91,9 +91,9 @@ fn run_writer(
         match written {
             Err(error) if !std::mem::replace(&mut failing, true) => {
                 let error = &error as &dyn std::error::Error;
-                tracing::error!(error, "decisions cannot be written down; until they can they are lost");
+                tracing::error!(error, "decisions cannot be written; they are dropped until they can");
             }
-            Ok(()) if std::mem::take(&mut failing) => tracing::info!("decisions are written down again"),
+            Ok(()) if std::mem::take(&mut failing) => tracing::info!("decisions are written again"),
             _ => {}
         }
         if end {
@@ -102,7 +102,7 @@ fn run_writer(
     }
 }
 
-/// Tells the log of a record, under the names of its fields.
+/// Writes a record to the server's log, under the names of its fields.
 fn log_record(record: &DecisionRecord) {
     let list = |texts: &[String]| (!texts.is_empty()).then(|| texts.join(" "));
     let (needed, missing) = (list(&record.needed_scopes), list(&record.missing_scopes));
@@ -137,7 +137,7 @@ fn log_record(record: &DecisionRecord) {
     );
 }
 
-/// A file that lines are added to. When it is moved away, as log rotation does, it is begun anew.
+/// An append-only file. If log rotation moves it away, a new one is created.
 struct RotatedLogFile {
     path: PathBuf,
     file: BufWriter<File>,

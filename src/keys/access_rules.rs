@@ -1,4 +1,4 @@
-//! Which keys exist for a caller, and what it may do with them: what every use case of keys asks first.
+//! The access rules of the key use cases: which keys a caller sees, and what it may do with them.
 
 use crate::{
     caller::{Authorization, Caller, Permission},
@@ -16,12 +16,12 @@ use crate::{
 use super::{KeyField, KeyOperations, KeyPatch, NewKey, RequestedOwner};
 
 impl Caller {
-    /// A limited caller does not lift its own limits.
+    /// Rejects a limited key that changes its own limits.
     pub(super) fn check_own_limits_change(&self, key: &ApiKey, patch: &KeyPatch) -> Result<(), ServiceError> {
         let limits = [KeyField::RateLimits, KeyField::Quota];
         let limited = !key.spec.rate_limits.is_empty() || key.spec.quota.is_some();
         if key.id == self.id() && limited && patch.fields.iter().any(|field| limits.contains(field)) {
-            let message = "a key does not change its own limits; another one must";
+            let message = "a key cannot change its own limits; use another key";
             return Err(ServiceError::Forbidden("GRANT_BEYOND_CALLER", message.to_owned()));
         }
         Ok(())
@@ -29,7 +29,7 @@ impl Caller {
 }
 
 impl KeyOperations {
-    /// The key with this id, if it exists for the caller.
+    /// Returns the key with this id, if the caller may see it.
     pub(super) async fn find_visible(&self, caller: &Caller, id: KeyId) -> Result<StoredKey, ServiceError> {
         let found = self.store.get_key(id).await?;
         found
@@ -37,24 +37,23 @@ impl KeyOperations {
             .ok_or(ServiceError::NotFound(ResourceKind::Key))
     }
 
-    /// Whether the caller may read this owner's keys. For a person who is no member of the account they do not
-    /// exist.
+    /// Checks that the caller may read this owner's keys. They do not exist for an acting user outside of the account.
     pub(super) fn check_read(&self, caller: &Caller, owner: &KeyOwner) -> Result<(), ServiceError> {
-        let mut asked = caller.authorize(&self.engine)?;
-        match asked.acting_user_scopes(owner) {
+        let mut authorization = caller.authorize(&self.engine)?;
+        match authorization.acting_user_scopes(owner) {
             Some(None) => Err(ServiceError::NotFound(ResourceKind::Key)),
             _ => Ok(()),
         }
     }
 
-    /// Whether the caller may change this owner's keys. A person changes service keys only with a role that
-    /// holds `keyward:keys:write` in their account. For a person who is no member of the account they do not exist.
+    /// Checks that the caller may change this owner's keys. An acting user needs a role in the account that holds
+    /// `keyward:keys:write`, and membership to see service keys at all.
     pub(super) fn check_write(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         owner: &KeyOwner,
     ) -> Result<(), ServiceError> {
-        let Some(held) = asked.acting_user_scopes(owner) else { return Ok(()) };
+        let Some(held) = authorization.acting_user_scopes(owner) else { return Ok(()) };
         let held = held.ok_or(ServiceError::NotFound(ResourceKind::Key))?;
         let needed = Permission::KeysWrite.as_str();
         if Scope::parse_required(needed).is_ok_and(|scope| held.covers(&scope)) {
@@ -63,50 +62,50 @@ impl KeyOperations {
         Err(ServiceError::role_lacks_permission(needed))
     }
 
-    /// Whether the caller could give a key these terms, roles included.
+    /// Checks that the caller could grant a key this specification, roles included.
     pub(super) fn check_grant(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         owner: &KeyOwner,
         environment: &EnvironmentName,
-        terms: &KeySpec,
+        spec: &KeySpec,
     ) -> Result<(), ServiceError> {
-        let role = |name| asked.resolve_role(owner.account(), name);
-        let roles: Vec<_> = terms.roles.iter().filter_map(role).collect();
-        let granted = terms.scopes.iter().chain(roles.iter().flat_map(|role| role.scopes.iter())).cloned();
+        let role = |name| authorization.resolve_role(owner.account(), name);
+        let roles: Vec<_> = spec.roles.iter().filter_map(role).collect();
+        let granted = spec.scopes.iter().chain(roles.iter().flat_map(|role| role.scopes.iter())).cloned();
         let granted: ScopeSet = granted.collect();
-        asked.check_acting_user_grant(owner.account(), &granted)?;
-        asked.caller.check_key_grant(environment, terms, &granted)
+        authorization.check_acting_user_grant(owner.account(), &granted)?;
+        authorization.caller.check_key_grant(environment, spec, &granted)
     }
 
-    /// Whether every role that a key is to have stands for its owner.
+    /// Checks that every named role exists for the owner.
     pub(super) fn check_roles_exist(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         owner: &KeyOwner,
         roles: &[RoleName],
         field: &str,
     ) -> Result<(), ServiceError> {
         let mut violations = InvalidFields::default();
         for (at, role) in roles.iter().enumerate() {
-            let known = asked.resolve_role(owner.account(), role).is_some();
+            let exists = authorization.resolve_role(owner.account(), role).is_some();
             let problem =
-                format!("there is no role {:?} here; ListRoles shows those there are", role.as_str());
-            violations.add_if(!known, format_args!("{field}[{at}]"), problem);
+                format!("there is no role {:?} here; ListRoles returns the existing ones", role.as_str());
+            violations.add_if(!exists, format_args!("{field}[{at}]"), problem);
         }
         violations.into_result()
     }
 
-    /// Whether an expiry keeps within the longest life that the owning account allows.
+    /// Checks that an expiry is within the longest life that the owning account allows.
     pub(super) fn check_max_lifetime(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         owner: &KeyOwner,
         end: Option<Timestamp>,
         now: Timestamp,
         field: &str,
     ) -> Result<(), ServiceError> {
-        let account = owner.account().and_then(|account| asked.account(account));
+        let account = owner.account().and_then(|account| authorization.account(account));
         let Some(life) = account.and_then(|account| account.longest_life) else { return Ok(()) };
         if end.is_some_and(|end| end <= now.saturating_add(life)) {
             return Ok(());
@@ -118,13 +117,13 @@ impl KeyOperations {
         ))
     }
 
-    /// Who a new key is for. An account must exist; a user is whoever it is.
+    /// Resolves the owner of a new key. An account must exist; a user may be any id.
     pub(super) fn resolve_owner(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         named: RequestedOwner,
     ) -> Result<KeyOwner, ServiceError> {
-        let caller = &asked.caller;
+        let caller = &authorization.caller;
         let owner = match named {
             RequestedOwner::User(user) => KeyOwner::User(user),
             RequestedOwner::Account(account) => KeyOwner::Account(caller.resolve_account(Some(account))?),
@@ -132,42 +131,42 @@ impl KeyOperations {
         };
         match &owner {
             KeyOwner::Account(account) => {
-                asked.account(account).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
-                asked.check_account_visible(account)?;
+                authorization.account(account).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
+                authorization.check_account_visible(account)?;
             }
             KeyOwner::User(_) if caller.can_see_owner(&owner) => {}
             KeyOwner::User(_) => return Err(ServiceError::NotFound(ResourceKind::Key)),
         }
-        self.check_write(asked, &owner)?;
+        self.check_write(authorization, &owner)?;
         Ok(owner)
     }
 
-    /// A new key's record, once the caller may make it.
+    /// Builds the record of a new key, if the caller may create it.
     pub(super) fn build_key(
         &self,
-        asked: &mut Authorization<'_>,
+        authorization: &mut Authorization<'_>,
         new: &NewKey,
         secret: KeySecret,
     ) -> Result<ApiKey, ServiceError> {
-        let mut terms = new.spec.clone();
-        if terms.scopes.is_empty() && terms.roles.is_empty() {
+        let mut spec = new.spec.clone();
+        if spec.scopes.is_empty() && spec.roles.is_empty() {
             let role = self.settings.default_role.clone();
             let role = role.ok_or_else(|| {
                 ServiceError::invalid_field("scopes", "at least one scope or role is required")
             })?;
-            terms.roles.push(role);
+            spec.roles.push(role);
         }
-        let owner = self.resolve_owner(asked, new.owner.clone())?;
-        self.check_roles_exist(asked, &owner, &terms.roles, "roles")?;
-        self.check_grant(asked, &owner, &new.environment.name, &terms)?;
-        self.check_max_lifetime(asked, &owner, terms.expires_at, new.created_at, "expires_at")?;
+        let owner = self.resolve_owner(authorization, new.owner.clone())?;
+        self.check_roles_exist(authorization, &owner, &spec.roles, "roles")?;
+        self.check_grant(authorization, &owner, &new.environment.name, &spec)?;
+        self.check_max_lifetime(authorization, &owner, spec.expires_at, new.created_at, "expires_at")?;
         Ok(ApiKey {
             id: KeyId::generate(new.created_at, random_bytes(&*self.entropy)?),
             owner,
             environment: new.environment.name.clone(),
-            spec: terms,
+            spec,
             created_at: new.created_at,
-            created_by: asked.caller.actor().to_string(),
+            created_by: authorization.caller.actor().to_string(),
             updated_at: new.created_at,
             disabled_at: None,
             revocation: None,

@@ -1,8 +1,10 @@
-//! Many keys at once: Import and BulkRevoke. Each key is a change of its own, and group commit puts many into
-//! one transaction; one that fails never stops the rest.
+//! Bulk operations on keys: Import and BulkRevoke.
 //!
-//! An answer holds for every key that it calls done. If the outcome of any is unknown, the call fails as a whole, and the
-//! same call again finishes it.
+//! Each key is a separate change, and group commit puts many into one transaction. A key that fails does not stop the
+//! others.
+//!
+//! Invariant: a response is true for every key that it lists as done. If any outcome is unknown, the whole call fails,
+//! and repeating it finishes the work.
 
 use std::collections::HashMap;
 
@@ -28,70 +30,64 @@ use crate::{
 
 use super::{KeyDetails, KeyOperations, NewKey, into_key};
 
-/// How many writes of one call wait for the writer at a time: one transaction is filled while another commits.
+/// Writes of one call that wait for the writer at a time: one transaction fills while another commits.
 const MAX_CONCURRENT_WRITES: usize = 512;
-/// How many keys one BulkRevoke handles at the most; `more` says that there are others.
-pub const MAX_BULK_REVOKE: u32 = 5000;
+/// Keys that one BulkRevoke call handles.
+pub(crate) const MAX_BULK_REVOKE: u32 = 5000;
 
-/// A key made elsewhere.
+/// A key that was issued elsewhere.
 #[derive(Clone, Debug)]
-pub struct KeyImport {
-    /// The key.
-    pub key: NewKey,
-    /// The digest of its token.
-    pub digest: TokenDigest,
-    /// What lists show of its token.
-    pub hint: String,
+pub(crate) struct KeyImport {
+    pub(crate) key: NewKey,
+    /// SHA-256 of the token.
+    pub(crate) digest: TokenDigest,
+    /// The part of the token that lists show.
+    pub(crate) hint: String,
 }
 
-/// Which keys BulkRevoke means.
 #[derive(Clone, Debug)]
-pub struct BulkRevocation {
-    /// Whose, when, where and called what.
-    pub filter: KeyFilter,
-    /// Say what would be revoked, and revoke nothing.
-    pub dry_run: bool,
-    /// Why.
-    pub reason: RevokeReason,
-    /// What is said of it.
-    pub comment: String,
+pub(crate) struct BulkRevocation {
+    /// Selects the keys.
+    pub(crate) filter: KeyFilter,
+    /// Returns the selected keys without revoking them.
+    pub(crate) dry_run: bool,
+    pub(crate) reason: RevokeReason,
+    /// The comment for the audit log.
+    pub(crate) comment: String,
 }
 
-/// A key that Import has taken in.
+/// The result of importing one key.
 #[derive(Debug)]
-pub struct KeyImportResult {
-    /// The key.
-    pub details: KeyDetails,
-    /// The same caller had imported it before.
-    pub is_replay: bool,
+pub(crate) struct KeyImportResult {
+    pub(crate) details: KeyDetails,
+    /// The same caller had imported the key before.
+    pub(crate) is_replay: bool,
 }
 
-/// What became of one key.
+/// The result of revoking one key.
 #[derive(Debug)]
-pub struct KeyRevocationResult {
-    /// The key, as it is now.
-    pub details: KeyDetails,
-    /// Why it was not revoked, if it was not.
-    pub failure: Option<ServiceError>,
+pub(crate) struct KeyRevocationResult {
+    /// The key after the call.
+    pub(crate) details: KeyDetails,
+    /// Why the key was not revoked.
+    pub(crate) failure: Option<ServiceError>,
 }
 
-/// What became of all of them.
 #[derive(Debug)]
-pub struct BulkRevocationResult {
-    /// Each that was not revoked yet.
-    pub keys: Vec<KeyRevocationResult>,
-    /// There are more.
-    pub has_more: bool,
-    /// The revision by which all that were meant are revoked, those included that were so before: what to wait for.
-    pub wait_revision: Revision,
+pub(crate) struct BulkRevocationResult {
+    /// The selected keys that were not revoked before.
+    pub(crate) keys: Vec<KeyRevocationResult>,
+    /// More keys are selected than one call handles.
+    pub(crate) has_more: bool,
+    /// The revision at which all selected keys are revoked, including those revoked before: what to wait for.
+    pub(crate) wait_revision: Revision,
 }
 
 impl KeyOperations {
-    /// Takes in keys made elsewhere. The results are in the order of the keys.
+    /// Imports keys that were issued elsewhere. The results are in the order of the keys.
     ///
-    /// # Errors
-    /// When it is unknown whether some were imported.
-    pub async fn import(
+    /// Fails if it is unknown whether some keys were imported.
+    pub(crate) async fn import(
         &self,
         caller: &Caller,
         keys: Vec<Result<KeyImport, ServiceError>>,
@@ -120,12 +116,12 @@ impl KeyOperations {
                 let view = self.find_previous_import(&digest, &wanted).await?;
                 Ok(KeyImportResult { details: view.ok_or(ServiceError::DigestTaken)?, is_replay: true })
             }
-            Err(refusal) => Err(refusal),
+            Err(error) => Err(error),
         }
     }
 
-    /// The key with this digest, if an import of the same key by the same caller made it and nothing has changed it since:
-    /// a call whose outcome was unknown is sent again.
+    /// Finds the key with this digest, if the same caller imported the same key before and nothing has changed it
+    /// since. A client repeats a call whose outcome is unknown.
     async fn find_previous_import(
         &self,
         digest: &TokenDigest,
@@ -149,12 +145,11 @@ impl KeyOperations {
         Ok(Some(self.stored_key_details(stored)))
     }
 
-    /// Revokes every key that is meant and not revoked yet, at most [`MAX_BULK_REVOKE`]. Gives what became of
-    /// each.
+    /// Revokes the selected keys that are not revoked yet, at most [`MAX_BULK_REVOKE`].
     ///
-    /// # Errors
-    /// When the caller may not, the store fails before anything was done, or it is unknown whether some were revoked.
-    pub async fn bulk_revoke(
+    /// Fails if the caller may not, the store fails before anything was done, or it is unknown whether some keys were
+    /// revoked.
+    pub(crate) async fn bulk_revoke(
         &self,
         caller: &Caller,
         bulk: BulkRevocation,
@@ -165,10 +160,10 @@ impl KeyOperations {
                 caller.require_no_acting_user()?;
             }
             OwnerFilter::Account(account) => {
-                let mut asked = caller.authorize(&self.engine)?;
-                asked.account(account).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
-                asked.check_account_visible(account)?;
-                self.check_write(&mut asked, &KeyOwner::Account(account.clone()))?;
+                let mut authorization = caller.authorize(&self.engine)?;
+                authorization.account(account).ok_or(ServiceError::NotFound(ResourceKind::Account))?;
+                authorization.check_account_visible(account)?;
+                self.check_write(&mut authorization, &KeyOwner::Account(account.clone()))?;
             }
             OwnerFilter::User(user) => {
                 let owner = KeyOwner::User(user.clone());
@@ -178,12 +173,12 @@ impl KeyOperations {
             }
         }
         let (mut stored, more) = self.read_page(&bulk.filter, None, MAX_BULK_REVOKE).await?;
-        // What is recorded as revoked is not listed, and may not be in force yet, here or elsewhere.
+        // Keys recorded as revoked are not listed, but may not be in force yet, here or on other replicas.
         let mut recorded = self.store.log_head().await?.revision;
         self.commit_handle.wait_applied(recorded).await?;
         if bulk.dry_run {
             if let OwnerFilter::Account(account) = &bulk.filter.owner {
-                // A person who left meanwhile reads nothing.
+                // An acting user that left meanwhile must read nothing.
                 self.check_read(caller, &KeyOwner::Account(account.clone()))?;
             }
             let views = stored.into_iter().map(|stored| self.stored_key_details(stored));
@@ -195,16 +190,16 @@ impl KeyOperations {
             .await
         {
             Ok(view) => KeyRevocationResult { details: view, failure: None },
-            Err(refusal) => {
-                KeyRevocationResult { details: self.stored_key_details(stored), failure: Some(refusal) }
+            Err(error) => {
+                KeyRevocationResult { details: self.stored_key_details(stored), failure: Some(error) }
             }
         };
-        // The caller's own key comes last: the caller's rights end with it.
+        // Revoke the caller's own key last: the caller's rights end with it.
         let own = stored.iter().position(|stored| stored.key.id == caller.id());
         let own = own.map(|at| (at, stored.remove(at)));
         let mut keys: Vec<_> =
             stream::iter(stored.into_iter().map(&revoke)).buffered(MAX_CONCURRENT_WRITES).collect().await;
-        // While others are left, the caller must be able to ask for them.
+        // While other keys are left, the caller must be able to call again.
         if let Some((at, own)) = own.filter(|_| !more) {
             keys.insert(at, revoke(own).await);
         }
@@ -219,17 +214,16 @@ impl KeyOperations {
         Ok(BulkRevocationResult { keys, has_more: more, wait_revision: recorded })
     }
 
-    /// Revokes every key of a user who is no member anywhere any more. Gives the newest revision, zero if there
-    /// was none to revoke; and the one by which all of them are revoked, whoever did it.
+    /// Revokes every key of a user without memberships. Returns the newest revocation, zero if there was none, and the
+    /// revision at which all keys are revoked, including earlier revocations.
     ///
-    /// # Errors
-    /// When the store fails; what was revoked stays so.
-    pub async fn revoke_all_of_user(
+    /// Fails if the store fails; earlier revocations stay.
+    pub(crate) async fn revoke_all_of_user(
         &self,
         caller: &Caller,
         user: &UserId,
     ) -> Result<(Revision, Revision), ServiceError> {
-        // The person acted for ended the membership; the keys end with it, whoever's they are.
+        // The acting user ended the membership; the keys end with it, whatever their owner.
         let named_user = caller.acting_user.clone();
         let caller = Caller { acting_user: None, logged_user: named_user, ..caller.clone() };
         let filter = self.unrevoked_keys_filter(OwnerFilter::User(user.clone()));
@@ -249,7 +243,7 @@ impl KeyOperations {
         }
     }
 
-    /// At most `size` keys before `before`, as many as one answer can hold, and whether there are more.
+    /// Reads at most `size` keys before `before`, as many as fit in one response. Returns whether there are more.
     pub(super) async fn read_page(
         &self,
         filter: &KeyFilter,
@@ -274,7 +268,7 @@ impl KeyOperations {
         }
     }
 
-    /// The keys of an owner that are not revoked.
+    /// A filter for the unrevoked keys of an owner.
     fn unrevoked_keys_filter(&self, owner: OwnerFilter) -> KeyFilter {
         KeyFilter {
             owner,
@@ -288,11 +282,10 @@ impl KeyOperations {
         }
     }
 
-    /// How often a key was allowed and denied, in steps of `hours`.
+    /// Counts how often a key was allowed and denied, in steps of `hours`.
     ///
-    /// # Errors
-    /// When the key does not exist for the caller, or the store fails.
-    pub async fn usage_by_interval(
+    /// Fails if the key does not exist for the caller, or the store fails.
+    pub(crate) async fn usage_by_interval(
         &self,
         caller: &Caller,
         id: KeyId,
@@ -319,8 +312,8 @@ impl KeyOperations {
     }
 }
 
-/// Whether a key is as its import made it, and would be made the same now. An expiry that is as far away as it was then
-/// comes of the same `ttl`.
+/// Whether a key is unchanged since its import, and importing it now would give the same record. An expiry at the same
+/// distance from creation comes from the same `ttl`.
 fn is_same_import(stored: &ApiKey, wanted: &ApiKey) -> bool {
     let life = |key: &ApiKey| key.spec.expires_at.map(|end| end.saturating_duration_since(key.created_at));
     let mut again = ApiKey {
@@ -337,21 +330,21 @@ fn is_same_import(stored: &ApiKey, wanted: &ApiKey) -> bool {
     *stored == again
 }
 
-/// About how many bytes a key takes in an answer.
+/// Estimates the bytes of a key in a response.
 fn estimate_size(key: &ApiKey) -> usize {
     const REST: usize = 512;
-    let terms = &key.spec;
-    let scopes: usize = terms.scopes.iter().map(|scope| scope.as_str().len() + 2).sum();
-    let customers: usize = terms.customers.iter().map(|customer| customer.as_str().len() + 2).sum();
-    let metadata: usize = terms.metadata.iter().map(|(name, value)| name.len() + value.len() + 6).sum();
-    let name = terms.name.as_ref().map_or(0, |name| name.as_str().len());
-    let lists = terms.roles.len() * 66 + terms.allowed_cidrs.len() * 45 + terms.rate_limits.len() * 90;
+    let spec = &key.spec;
+    let scopes: usize = spec.scopes.iter().map(|scope| scope.as_str().len() + 2).sum();
+    let customers: usize = spec.customers.iter().map(|customer| customer.as_str().len() + 2).sum();
+    let metadata: usize = spec.metadata.iter().map(|(name, value)| name.len() + value.len() + 6).sum();
+    let name = spec.name.as_ref().map_or(0, |name| name.as_str().len());
+    let lists = spec.roles.len() * 66 + spec.allowed_cidrs.len() * 45 + spec.rate_limits.len() * 90;
     let comment = key.revocation.as_ref().map_or(0, |revocation| revocation.comment.len());
     REST + scopes + customers + metadata + name + lists + comment
 }
 
-/// The newest revision of a bulk's keys.
+/// The newest revision among these keys, zero if there are none.
 #[must_use]
-pub fn newest_revision<'a>(keys: impl IntoIterator<Item = &'a ApiKey>) -> Revision {
+pub(crate) fn newest_revision<'a>(keys: impl IntoIterator<Item = &'a ApiKey>) -> Revision {
     keys.into_iter().map(|key| key.revision).max().unwrap_or_default()
 }

@@ -1,13 +1,13 @@
-//! What can be done with keys: each function is one use case, and writes what one transaction holds.
+//! The use cases of API keys: each function is one use case and writes one transaction.
 //!
-//! A change is made from the record as it stands, committed only if the record still stands so, and tried again
-//! if not. Effects on Checks come with the commit (see `store/group_commit.rs`). Parsing and statuses are `grpc`'s.
+//! A change starts from the recorded state, commits only if that state has not moved, and retries otherwise. It affects
+//! Checks when it commits (see `store/group_commit.rs`). Parsing requests and building statuses belongs to `grpc`.
 
 mod access_rules;
-pub mod bulk;
+pub(crate) mod bulk;
 mod lifecycle;
 mod patch;
-pub mod root_key;
+pub(crate) mod root_key;
 
 use std::sync::Arc;
 
@@ -32,79 +32,70 @@ use crate::{
     },
 };
 
-pub use patch::{KeyField, KeyPatch};
+pub(crate) use patch::{KeyField, KeyPatch};
 
-/// What this deployment has decided about keys.
+/// The settings of a deployment about keys.
 #[derive(Clone, Debug)]
 pub struct KeySettings {
-    /// The environments there are.
+    /// The configured environments.
     pub environments: EnvironmentSet,
-    /// How tokens start.
+    /// The default prefix of tokens.
     pub prefix: TokenPrefix,
-    /// The role of keys made without scopes and roles. `None` = such a key is refused.
+    /// The role of keys created without scopes and roles. `None` rejects such a key.
     pub default_role: Option<RoleName>,
-    /// How much an account may hold and do.
+    /// The limits of each account.
     pub account_limits: AccountLimits,
 }
 
-/// A key as it is shown: the record, its uses, and the instant at which its state is told.
+/// A key for a response: the record, its last uses, and the instant for which its state holds.
 #[derive(Clone, Debug)]
-pub struct KeyDetails {
-    /// The record.
-    pub key: ApiKey,
+pub(crate) struct KeyDetails {
+    pub(crate) key: ApiKey,
     /// When each secret version was last used.
-    pub last_used: Vec<(u32, Timestamp)>,
-    /// The instant of the answer.
-    pub as_of: Timestamp,
-    /// What the change that was asked for takes away.
-    pub effect: ChangeEffect,
+    pub(crate) last_used: Vec<(u32, Timestamp)>,
+    /// The instant of the response.
+    pub(crate) as_of: Timestamp,
+    /// The effect of the change that returned this key.
+    pub(crate) effect: ChangeEffect,
 }
 
-/// Who a new key is for, as the request names it.
+/// The owner of a new key, as the request names it.
 #[derive(Clone, Debug)]
-pub enum RequestedOwner {
-    /// An account's caller means its own account.
+pub(crate) enum RequestedOwner {
+    /// The request names none; an account's caller means its own account.
     Unspecified,
-    /// This account.
     Account(AccountId),
-    /// This user.
     User(UserId),
 }
 
-/// A key to be made.
+/// The parameters of a new key.
 #[derive(Clone, Debug)]
-pub struct NewKey {
-    /// Who it is for.
-    pub owner: RequestedOwner,
-    /// When it is made; its expiry was counted from here.
-    pub created_at: Timestamp,
-    /// Where it works.
-    pub environment: Environment,
-    /// What it may do.
-    pub spec: KeySpec,
-    /// How its token starts, if not as usual.
-    pub token_prefix: Option<TokenPrefix>,
+pub(crate) struct NewKey {
+    pub(crate) owner: RequestedOwner,
+    /// The creation time; a `ttl` counts from here.
+    pub(crate) created_at: Timestamp,
+    pub(crate) environment: Environment,
+    pub(crate) spec: KeySpec,
+    /// The token's prefix, if not the configured one.
+    pub(crate) token_prefix: Option<TokenPrefix>,
 }
 
-/// The caller's name for a request, with a digest of all that it asks.
+/// The idempotency key of a request, and a digest of its contents.
 #[derive(Clone, Debug)]
-pub struct ReplayKey {
-    /// The name.
-    pub idempotency_key: IdempotencyKey,
+pub(crate) struct ReplayKey {
+    pub(crate) idempotency_key: IdempotencyKey,
     /// SHA-256 over the whole request.
-    pub fingerprint: [u8; 32],
+    pub(crate) fingerprint: [u8; 32],
 }
 
-/// A key with a new token.
 #[derive(Debug)]
-pub struct IssuedKey {
-    /// The key.
-    pub details: KeyDetails,
-    /// The token; none when the request was done before.
-    pub token: Option<Token>,
+pub(crate) struct IssuedKey {
+    pub(crate) details: KeyDetails,
+    /// The new token; `None` for a replayed request.
+    pub(crate) token: Option<Token>,
 }
 
-/// The use cases of keys.
+/// The use cases of API keys.
 pub struct KeyOperations {
     store: Arc<dyn Store>,
     commit_handle: CommitHandle,
@@ -121,9 +112,8 @@ impl std::fmt::Debug for KeyOperations {
 }
 
 impl KeyOperations {
-    /// The use cases over a store, its writer and the engine that follows it.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         store: Arc<dyn Store>,
         writer: CommitHandle,
         engine: Arc<Engine>,
@@ -134,26 +124,29 @@ impl KeyOperations {
         KeyOperations { store, commit_handle: writer, engine, clock, entropy, settings }
     }
 
-    /// The environments there are.
     #[must_use]
-    pub fn environments(&self) -> &EnvironmentSet {
+    pub(crate) fn environments(&self) -> &EnvironmentSet {
         &self.settings.environments
     }
 
-    /// Whether keys may be made without scopes and roles.
+    /// Whether keys may be created without scopes and roles.
     #[must_use]
-    pub fn has_default_role(&self) -> bool {
+    pub(crate) fn has_default_role(&self) -> bool {
         self.settings.default_role.is_some()
     }
 
-    /// The limits of an account to which a change is held. `only_takes`: it gives nothing to anybody.
+    /// The account limits for a change. `only_restricts`: the change grants nothing.
     #[must_use]
-    pub fn limits_for_action(&self, action: AuditAction, only_takes: bool) -> Option<AccountLimits> {
+    pub(crate) fn limits_for_action(
+        &self,
+        action: AuditAction,
+        only_restricts: bool,
+    ) -> Option<AccountLimits> {
         let limits = self.settings.account_limits;
         match action {
             _ if action.is_restriction() => None,
-            // What takes rights away has as much again, so that the log is bounded all the same.
-            _ if only_takes && action != AuditAction::KeyRotated => {
+            // Restrictions have twice the budget: they may exceed the limit, but the log stays bounded.
+            _ if only_restricts && action != AuditAction::KeyRotated => {
                 let log_rows_per_hour = limits.log_rows_per_hour.saturating_mul(2);
                 Some(AccountLimits { log_rows_per_hour, ..limits })
             }
@@ -161,9 +154,8 @@ impl KeyOperations {
         }
     }
 
-    /// The present instant.
     #[must_use]
-    pub fn now(&self) -> Timestamp {
+    pub(crate) fn now(&self) -> Timestamp {
         self.clock.now()
     }
 
@@ -181,11 +173,10 @@ impl KeyOperations {
         self.key_details(stored.key, &stored.last_used)
     }
 
-    /// The answer to a request that was done before, if it was.
+    /// The response to a request that was done before under the same idempotency key, if any.
     ///
-    /// # Errors
-    /// When another request was made under the same idempotency key, or the store fails.
-    pub async fn find_replay(
+    /// Fails if another request used this idempotency key, or the store fails.
+    pub(crate) async fn find_replay(
         &self,
         caller: &Caller,
         once: Option<&ReplayKey>,
@@ -206,20 +197,18 @@ impl KeyOperations {
     }
 
     async fn replay(&self, caller: &Caller, id: KeyId) -> Result<(IssuedKey, Revision), ServiceError> {
-        // What was made is shown as Get shows it: the person who asked may be no member any more.
+        // Return the key as Get does: the acting user may no longer be a member.
         let view = self.get(caller, id).await?;
-        // What is done again is waited for again: the first may not have ended.
+        // Wait for a repeated change again: the first call may not have waited to the end.
         let view = KeyDetails { effect: ChangeEffect::Restricts { is_repeat: true }, ..view };
         let revision = view.key.revision;
         self.commit_handle.wait_applied(revision).await?;
         Ok((IssuedKey { details: view, token: None }, revision))
     }
 
-    /// Makes a key.
     ///
-    /// # Errors
-    /// When the caller may not, the account does not exist, the name is taken, or the change is not recorded.
-    pub async fn create(
+    /// Fails if the caller may not, the account does not exist, the name is taken, or the change is not recorded.
+    pub(crate) async fn create(
         &self,
         caller: &Caller,
         new: NewKey,
@@ -233,7 +222,7 @@ impl KeyOperations {
             WriteOutcome::Applied(change) => {
                 let key = into_key(change)?;
                 let revision = key.revision;
-                // Nobody has its token yet: it has no use that could be told.
+                // The token was never used, so there is no last use to look up.
                 let view = KeyDetails {
                     key,
                     last_used: Vec::new(),
@@ -246,7 +235,7 @@ impl KeyOperations {
         }
     }
 
-    /// Records a new key with this secret, once the caller may make it.
+    /// Records a new key with this secret, if the caller may create it.
     async fn record_new_key(
         &self,
         caller: &Caller,
@@ -257,12 +246,12 @@ impl KeyOperations {
     ) -> Result<WriteOutcome, ServiceError> {
         for attempt in 0..MAX_AUTHORIZATION_ATTEMPTS {
             let _turn = self.commit_handle.lock_for_change(action, attempt).await;
-            let mut asked = caller.authorize(&self.engine)?;
-            let key = self.build_key(&mut asked, new, secret.clone())?;
+            let mut authorization = caller.authorize(&self.engine)?;
+            let key = self.build_key(&mut authorization, new, secret.clone())?;
             let limits = self.limits_for_action(action, false);
             let write = WriteRequest {
                 limits,
-                ..build_write(asked, key, None, action, new.created_at, once.clone())
+                ..build_write(authorization, key, None, action, new.created_at, once.clone())
             };
             match self.commit_handle.write(write).await {
                 Err(WriteError::Rejected(WriteRejection::AuthorizationChanged)) => {
@@ -274,21 +263,16 @@ impl KeyOperations {
         Err(ServiceError::Contended)
     }
 
-    /// One key.
     ///
-    /// # Errors
-    /// When it does not exist for the caller.
-    pub async fn get(&self, caller: &Caller, id: KeyId) -> Result<KeyDetails, ServiceError> {
+    /// Fails if the key does not exist for the caller.
+    pub(crate) async fn get(&self, caller: &Caller, id: KeyId) -> Result<KeyDetails, ServiceError> {
         let stored = self.find_visible(caller, id).await?;
         self.check_read(caller, &stored.key.owner)?;
         Ok(self.stored_key_details(stored))
     }
 
-    /// A page of keys, and where the next one begins.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn list(
+    /// Returns a page of keys, and the id where the next page starts.
+    pub(crate) async fn list(
         &self,
         caller: &Caller,
         filter: &KeyFilter,
@@ -296,23 +280,22 @@ impl KeyOperations {
         size: u32,
     ) -> Result<(Vec<KeyDetails>, Option<KeyId>), ServiceError> {
         if filter.unused_since.is_some() {
-            // The filter runs in the store: it must know the latest uses.
+            // The filter runs in the store, so the latest uses must be there.
             self.engine.usage.flush(&*self.store, FlushMode::Immediate).await?;
         }
         let (stored, more) = self.read_page(filter, before, size).await?;
         if let OwnerFilter::Account(account) = &filter.owner {
-            // Judged after the reading: a person who left meanwhile reads nothing.
+            // Checked after the read: an acting user that left meanwhile must read nothing.
             self.check_read(caller, &KeyOwner::Account(account.clone()))?;
         }
         let next = stored.last().filter(|_| more).map(|last| last.key.id);
         Ok((stored.into_iter().map(|stored| self.stored_key_details(stored)).collect(), next))
     }
 
-    /// The key that a token belongs to, and which version of its secret it is.
+    /// Finds the key that a token belongs to, and the version of its secret.
     ///
-    /// # Errors
-    /// When none exists for the caller.
-    pub async fn find_by_token(
+    /// Fails if no such key exists for the caller.
+    pub(crate) async fn find_by_token(
         &self,
         caller: &Caller,
         presented: &str,
@@ -323,12 +306,9 @@ impl KeyOperations {
         Ok((view, holder.secret_version))
     }
 
-    /// The caller's own key, where it called with one, and the account that it acts in; a user key that names none
+    /// The caller's own key, if it called with one, and the account that it acts in. A user key that names no account
     /// acts in none.
-    ///
-    /// # Errors
-    /// When the store fails.
-    pub async fn whoami(
+    pub(crate) async fn whoami(
         &self,
         caller: &Caller,
     ) -> Result<(Option<KeyDetails>, Option<Arc<Account>>), ServiceError> {
@@ -344,7 +324,7 @@ fn first_secret(token: &Token, now: Timestamp) -> KeySecret {
 }
 
 fn build_write(
-    asked: Authorization<'_>,
+    authorization: Authorization<'_>,
     key: ApiKey,
     expect: Option<Revision>,
     action: AuditAction,
@@ -352,11 +332,14 @@ fn build_write(
     once: Option<ReplayKey>,
 ) -> WriteRequest {
     let idempotency = once.map(|once| IdempotentRequest {
-        caller: asked.caller.idempotency_scope(),
+        caller: authorization.caller.idempotency_scope(),
         key: once.idempotency_key,
         fingerprint: once.fingerprint,
     });
-    WriteRequest { idempotency, ..asked.into_write(RecordChange::Key(Arc::new(key)), expect, action, at) }
+    WriteRequest {
+        idempotency,
+        ..authorization.into_write(RecordChange::Key(Arc::new(key)), expect, action, at)
+    }
 }
 
 fn into_key(change: RecordChange) -> Result<ApiKey, ServiceError> {

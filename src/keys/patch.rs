@@ -1,34 +1,25 @@
-//! What Update changes: which fields, and to which values.
+//! The parameters of Update: which fields to change, and their new values.
 
 use crate::domain::key::KeySpec;
 
-/// The fields that Update changes.
+/// A field that Update can change, named as in an update mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeyField {
-    /// `name`
+pub(crate) enum KeyField {
     Name,
-    /// `scopes`
     Scopes,
-    /// `roles`
     Roles,
-    /// `expires_at`
     ExpiresAt,
-    /// `customers`
     Customers,
-    /// `allowed_cidrs`
     AllowedCidrs,
-    /// `rate_limits`
     RateLimits,
-    /// `quota`
     Quota,
-    /// `metadata`
     Metadata,
 }
 
 impl KeyField {
-    /// The field that an update mask's path names.
+    /// Parses a path of an update mask.
     #[must_use]
-    pub fn from_path(path: &str) -> Option<KeyField> {
+    pub(crate) fn from_path(path: &str) -> Option<KeyField> {
         Some(match path {
             "name" => KeyField::Name,
             "scopes" => KeyField::Scopes,
@@ -44,38 +35,37 @@ impl KeyField {
     }
 }
 
-/// New values for some of a key's terms.
+/// New values for some fields of a key's specification.
 #[derive(Clone, Debug)]
-pub struct KeyPatch {
-    /// Which.
-    pub fields: Vec<KeyField>,
-    /// The values; those of other fields are not looked at.
-    pub new_spec: KeySpec,
+pub(crate) struct KeyPatch {
+    pub(crate) fields: Vec<KeyField>,
+    /// The new values; values of other fields are ignored.
+    pub(crate) new_spec: KeySpec,
 }
 
 impl KeyPatch {
-    /// Whether any of the new values is the old one.
-    pub(super) fn has_unchanged_value(&self, terms: &KeySpec) -> bool {
+    /// Whether a new value equals the current one.
+    pub(super) fn has_unchanged_value(&self, spec: &KeySpec) -> bool {
         self.fields.iter().any(|field| {
-            let mut after = terms.clone();
+            let mut after = spec.clone();
             KeyPatch { fields: vec![*field], new_spec: self.new_spec.clone() }.apply(&mut after);
-            after == *terms
+            after == *spec
         })
     }
 
-    pub(super) fn apply(&self, terms: &mut KeySpec) {
+    pub(super) fn apply(&self, spec: &mut KeySpec) {
         let new = self.new_spec.clone();
         for field in &self.fields {
             match field {
-                KeyField::Name => terms.name.clone_from(&new.name),
-                KeyField::Scopes => terms.scopes = new.scopes.clone(),
-                KeyField::Roles => terms.roles.clone_from(&new.roles),
-                KeyField::ExpiresAt => terms.expires_at = new.expires_at,
-                KeyField::Customers => terms.customers.clone_from(&new.customers),
-                KeyField::AllowedCidrs => terms.allowed_cidrs.clone_from(&new.allowed_cidrs),
-                KeyField::RateLimits => terms.rate_limits.clone_from(&new.rate_limits),
-                KeyField::Quota => terms.quota.clone_from(&new.quota),
-                KeyField::Metadata => terms.metadata.clone_from(&new.metadata),
+                KeyField::Name => spec.name.clone_from(&new.name),
+                KeyField::Scopes => spec.scopes = new.scopes.clone(),
+                KeyField::Roles => spec.roles.clone_from(&new.roles),
+                KeyField::ExpiresAt => spec.expires_at = new.expires_at,
+                KeyField::Customers => spec.customers.clone_from(&new.customers),
+                KeyField::AllowedCidrs => spec.allowed_cidrs.clone_from(&new.allowed_cidrs),
+                KeyField::RateLimits => spec.rate_limits.clone_from(&new.rate_limits),
+                KeyField::Quota => spec.quota.clone_from(&new.quota),
+                KeyField::Metadata => spec.metadata.clone_from(&new.metadata),
             }
         }
     }

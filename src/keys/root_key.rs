@@ -1,4 +1,4 @@
-//! The root key: made at the first start, and by `keyward root-key reset`.
+//! Builds a root key, for the first start and for `keyward root-key reset`.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -17,18 +17,17 @@ use crate::{
 
 use super::{KeySettings, first_secret};
 
-/// A root key: every permission over Keyward, for the operator account.
+/// A root key that is not recorded yet: every permission, for the operator account.
 #[derive(Debug)]
-pub struct RootKey {
-    /// Its token.
-    pub token: Token,
-    /// What records it.
-    pub write: WriteRequest,
+pub(crate) struct RootKey {
+    pub(crate) token: Token,
+    /// The write request that records the key.
+    pub(crate) write: WriteRequest,
 }
 
 impl RootKey {
-    /// Takes away the key's name. False if it has none.
-    pub fn clear_name(&mut self) -> bool {
+    /// Removes the key's name. Returns false if it has none.
+    pub(crate) fn clear_name(&mut self) -> bool {
         match &mut self.write.change {
             RecordChange::Key(key) => Arc::make_mut(key).spec.name.take().is_some(),
             _ => false,
@@ -36,19 +35,16 @@ impl RootKey {
     }
 }
 
-/// Makes a root key that is not recorded yet.
-///
-/// # Errors
-/// When no random bytes can be had.
-pub fn create_root_key(
+/// Builds a root key; the caller records it.
+pub(crate) fn create_root_key(
     clock: &dyn Clock,
     entropy: &dyn EntropySource,
-    tokens: &KeySettings,
+    settings: &KeySettings,
     method: &'static str,
 ) -> Result<RootKey, EntropyError> {
     let now = clock.now();
-    let environment = tokens.environments.first();
-    let token = Token::generate(&tokens.prefix, &environment.tag, &random_bytes(entropy)?);
+    let environment = settings.environments.first();
+    let token = Token::generate(&settings.prefix, &environment.tag, &random_bytes(entropy)?);
     let named = |text: &str| KeyName::parse(text).ok();
     let all = Scope::parse_grant("keyward:*");
     let key = ApiKey {

@@ -1,5 +1,6 @@
-//! What the operating system says of this process, under the names that Prometheus' own libraries have for it. Read
-//! from `/proc`, so on Linux alone; elsewhere, and where a figure cannot be read, it is left out.
+//! Metrics of the process, under the names of Prometheus' client libraries.
+//!
+//! They are read from `/proc`, so on Linux only. A figure that cannot be read is left out.
 
 use std::fs;
 
@@ -8,19 +9,19 @@ use crate::metrics_core::{
     MetricsText,
 };
 
-/// The figures.
+/// Writes the metrics of this process.
 pub(super) fn write_process(text: &mut MetricsText) {
     let stat = fs::read_to_string("/proc/self/stat").ok();
     let stat = stat.as_deref().and_then(ProcessStat::parse);
     if let Some(stat) = &stat {
-        let help = "Processor time spent, by the kernel for the process too.";
+        let help = "Processor time in user and kernel mode.";
         text.single_sample("process_cpu_seconds_total", Counter, help, ticks_to_seconds(stat.cpu_ticks));
         let resident = stat.resident_pages * rustix::param::page_size() as u64;
         text.single_sample("process_resident_memory_bytes", Gauge, "Memory held.", resident);
     }
-    // The process begins so long after the machine did.
+    // The start time is relative to the boot of the machine.
     if let Some((stat, boot)) = stat.zip(boot_time()) {
-        let help = "When the process began, as a Unix time.";
+        let help = "Start time of the process, as a Unix time.";
         text.single_sample(
             "process_start_time_seconds",
             Gauge,
@@ -29,32 +30,32 @@ pub(super) fn write_process(text: &mut MetricsText) {
         );
     }
     if let Ok(open) = fs::read_dir("/proc/self/fd") {
-        // Reading the folder holds one open.
+        // Reading the directory opens one descriptor itself.
         text.single_sample(
             "process_open_fds",
             Gauge,
-            "File descriptors open.",
+            "Open file descriptors.",
             open.count().saturating_sub(1),
         );
     }
-    if let Some(most) = max_open_fds() {
-        text.single_sample("process_max_fds", Gauge, "File descriptors that may be open.", most);
+    if let Some(limit) = max_open_fds() {
+        text.single_sample("process_max_fds", Gauge, "Limit of open file descriptors.", limit);
     }
 }
 
 struct ProcessStat {
-    /// In user and kernel mode, in ticks.
+    /// User and kernel mode together, in ticks.
     cpu_ticks: u64,
-    /// After the machine's start, in ticks.
+    /// Start of the process after boot, in ticks.
     start_ticks: u64,
     resident_pages: u64,
 }
 
 impl ProcessStat {
-    /// Reads proc(5)'s `stat`. The second field may hold anything, and ends with the last parenthesis.
+    /// Parses `stat` of proc(5). The second field may contain anything; the last parenthesis ends it.
     fn parse(text: &str) -> Option<ProcessStat> {
         let (_, rest) = text.rsplit_once(") ")?;
-        // From the third field on.
+        // Fields from the third on.
         let fields: Vec<_> = rest.split_ascii_whitespace().collect();
         let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
         Some(ProcessStat {
@@ -70,7 +71,7 @@ fn ticks_to_seconds(count: u64) -> f64 {
     count as f64 / rustix::param::clock_ticks_per_second() as f64
 }
 
-/// When the machine started, as a Unix time.
+/// Boot time of the machine, as a Unix time.
 fn boot_time() -> Option<f64> {
     let stat = fs::read_to_string("/proc/stat").ok()?;
     stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()

@@ -1,4 +1,4 @@
-//! Things kept once for each of a few threads, in lines of their own.
+//! Values that are sharded by thread, each in its own cache line.
 
 use std::{
     cell::Cell,
@@ -6,16 +6,16 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-/// How many threads have one to themselves; where there are more, some share.
+/// Number of shards; more threads than this share shards.
 const SHARDS: usize = 32;
 
-/// 128 bytes, since processors fetch lines of 64 bytes in pairs.
+/// Aligned to 128 bytes, because processors fetch lines of 64 bytes in pairs.
 #[derive(Default)]
 #[repr(align(128))]
 struct CacheAligned<T>(T);
 
-/// A `T` for each of a few threads: two cores that change theirs at once do not pass one cache line to and fro.
-pub struct PerThread<T>(Box<[CacheAligned<T>]>);
+/// A `T` for each of a few threads, so that cores that write do not contend for a cache line.
+pub(crate) struct PerThread<T>(Box<[CacheAligned<T>]>);
 
 impl<T> fmt::Debug for PerThread<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -30,25 +30,25 @@ impl<T: Default> Default for PerThread<T> {
 }
 
 impl<T> PerThread<T> {
-    /// One for each, made by `make`.
+    /// Creates the value of each shard with `make`.
     #[must_use]
-    pub fn new(mut make: impl FnMut() -> T) -> Self {
+    pub(crate) fn new(mut make: impl FnMut() -> T) -> Self {
         PerThread((0..SHARDS).map(|_| CacheAligned(make())).collect())
     }
 
-    /// The calling thread's.
+    /// The shard of the calling thread.
     #[must_use]
-    pub fn local(&self) -> &T {
+    pub(crate) fn local(&self) -> &T {
         &self.0[thread_index() % SHARDS].0
     }
 
-    /// Every thread's.
-    pub fn iter(&self) -> impl Iterator<Item = &T> {
+    /// All shards.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
         self.0.iter().map(|line| &line.0)
     }
 }
 
-/// The number of the calling thread: the first to ask is 0.
+/// The index of the calling thread; the first thread that asks is 0.
 fn thread_index() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local! {
@@ -70,8 +70,8 @@ mod tests {
     #[test]
     fn no_two_threads_have_theirs_in_one_line() {
         let numbers = PerThread::<u64>::default();
-        let place = || std::ptr::from_ref(numbers.local()) as usize;
-        let (here, there) = std::thread::scope(|scope| (place(), scope.spawn(place).join().unwrap()));
+        let address = || std::ptr::from_ref(numbers.local()) as usize;
+        let (here, there) = std::thread::scope(|scope| (address(), scope.spawn(address).join().unwrap()));
         assert!(here.abs_diff(there) >= 128, "{here:x} {there:x}");
     }
 }

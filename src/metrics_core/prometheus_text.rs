@@ -1,17 +1,17 @@
-//! Prometheus' text format, version 0.0.4: families with their help, then samples.
+//! Writes the Prometheus text format, version 0.0.4: families with their help, then samples.
 
 use std::fmt::{Display, Write as _};
 
-use super::HistogramSnapshot;
+use super::histogram::HistogramSnapshot;
 
-/// What a metric is.
+/// The type of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MetricKind {
-    /// It only grows, until the process starts anew.
+pub(crate) enum MetricKind {
+    /// A value that only grows, until the process restarts.
     Counter,
-    /// It rises and falls.
+    /// A value that rises and falls.
     Gauge,
-    /// It counts durations.
+    /// A distribution of durations.
     Histogram,
 }
 
@@ -25,38 +25,44 @@ impl MetricKind {
     }
 }
 
-/// A page that is being written. Names, help and labels are ours, and need no escaping.
+/// A page under construction. Names, help and labels are constants or settings, and need no escaping.
 #[derive(Debug, Default)]
-pub struct MetricsText {
+pub(crate) struct MetricsText {
     page: String,
     family: &'static str,
 }
 
-/// Label names and values, in the order in which they are told.
+/// Label names and values, in output order.
 type LabelPairs<'a> = &'a [(&'static str, &'a str)];
 
 impl MetricsText {
-    /// Begins a family; its samples follow.
-    pub fn family(&mut self, name: &'static str, kind: MetricKind, help: &str) -> &mut MetricsText {
+    /// Starts a family; its samples follow.
+    pub(crate) fn family(&mut self, name: &'static str, kind: MetricKind, help: &str) -> &mut MetricsText {
         self.family = name;
         // Writing to a String does not fail.
         let _ = writeln!(self.page, "# HELP {name} {help}\n# TYPE {name} {}", kind.as_str());
         self
     }
 
-    /// One sample of the family.
-    pub fn sample(&mut self, labels: LabelPairs<'_>, value: impl Display) -> &mut MetricsText {
+    /// Writes a sample of the current family.
+    pub(crate) fn sample(&mut self, labels: LabelPairs<'_>, value: impl Display) -> &mut MetricsText {
         self.write_sample("", labels, None, value);
         self
     }
 
-    /// A family with one sample and no label.
-    pub fn single_sample(&mut self, name: &'static str, kind: MetricKind, help: &str, value: impl Display) {
+    /// Writes a family with one sample and no labels.
+    pub(crate) fn single_sample(
+        &mut self,
+        name: &'static str,
+        kind: MetricKind,
+        help: &str,
+        value: impl Display,
+    ) {
         self.family(name, kind, help).sample(&[], value);
     }
 
-    /// One histogram of the family, in seconds.
-    pub fn histogram(&mut self, labels: LabelPairs<'_>, held: &HistogramSnapshot) -> &mut MetricsText {
+    /// Writes a histogram of the current family, in seconds.
+    pub(crate) fn histogram(&mut self, labels: LabelPairs<'_>, held: &HistogramSnapshot) -> &mut MetricsText {
         let mut count = 0;
         for (bound, more) in &held.buckets {
             count += more;
@@ -69,9 +75,8 @@ impl MetricsText {
         self
     }
 
-    /// The page.
     #[must_use]
-    pub fn finish(self) -> String {
+    pub(crate) fn finish(self) -> String {
         self.page
     }
 

@@ -1,4 +1,4 @@
-//! The database at the start: waited for while it is away, opened, and held against what is required of it.
+//! Waits for the database at the start, opens it, and checks the required revision.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,12 +20,11 @@ use crate::{
 const INITIAL_BACKOFF: Duration = Duration::from_millis(250);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 
-/// Waits for a database server that is away, with longer and longer pauses, for as long as the settings say. Meanwhile
-/// `/healthz` is served, and `/readyz` says 503; the port for calls is closed.
+/// Waits for an unreachable database server with growing pauses, up to `database_wait`. Meanwhile `/healthz` is served,
+/// `/readyz` returns 503, and the gRPC port is closed.
 ///
-/// # Errors
-/// When it is away still. What else is wrong with it shows when it is opened.
-pub async fn wait_for_database(settings: &ServerSettings) -> anyhow::Result<()> {
+/// Fails if the server is still unreachable. Other faults show when the database is opened.
+pub(crate) async fn wait_for_database(settings: &ServerSettings) -> anyhow::Result<()> {
     let end = Instant::now() + settings.lifecycle.database_wait;
     let mut pause = INITIAL_BACKOFF;
     let mut pages = None;
@@ -36,7 +35,7 @@ pub async fn wait_for_database(settings: &ServerSettings) -> anyhow::Result<()> 
         tracing::warn!(
             error = &error as &dyn std::error::Error,
             again_in_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX),
-            "the database is away; the start waits for it"
+            "database unreachable; the start waits for it"
         );
         if pages.is_none() {
             pages = StartupAdminServer::start(settings).await;
@@ -50,14 +49,14 @@ pub async fn wait_for_database(settings: &ServerSettings) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// The admin pages meanwhile.
+/// The admin pages while the database is unreachable.
 struct StartupAdminServer {
     stopping: watch::Sender<bool>,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl StartupAdminServer {
-    /// None = the address cannot be had; the start says so later.
+    /// `None` if the address cannot be bound; the start reports that later.
     async fn start(settings: &ServerSettings) -> Option<StartupAdminServer> {
         let listener = TcpListener::bind(&settings.admin_listen).await.ok()?;
         let memory = MemoryBudget::new(settings.overload.request_bytes, Arc::new(SystemClock));
@@ -68,7 +67,7 @@ impl StartupAdminServer {
         })
     }
 
-    /// Gives the address back.
+    /// Stops serving and frees the address.
     async fn stop(mut self) {
         self.stopping.send_replace(true);
         if tokio::time::timeout(Duration::from_secs(1), &mut self.task).await.is_err() {
@@ -78,14 +77,14 @@ impl StartupAdminServer {
     }
 }
 
-/// Opens the store of a server.
+/// Opens the store, and checks that its log reaches the required revision.
 pub(super) async fn open_store(settings: &ServerSettings) -> anyhow::Result<Arc<dyn Store>> {
     let schema =
         if settings.lifecycle.auto_migrate { SchemaPolicy::Migrate } else { SchemaPolicy::RequireCurrent };
     let end = Instant::now() + settings.lifecycle.database_wait;
     let store = loop {
         match store::open_with_schema(&settings.database, schema).await {
-            // It went away again while it was being opened.
+            // It became unreachable again while it was opened.
             Err(OpenError::Unreachable { .. }) if Instant::now() < end => {
                 sleep(INITIAL_BACKOFF).await;
                 wait_for_database(settings).await?;
@@ -99,8 +98,8 @@ pub(super) async fn open_store(settings: &ServerSettings) -> anyhow::Result<Arc<
         store.close().await;
         bail!(
             "the database ends at revision {head}, and --require-revision asks for {required}: it was restored from a \
-             backup that is too old, or it is another one. What was revoked since would be valid again. Restore a newer \
-             backup; or, if it is the newest there is, revoke again what was revoked since, and start without \
+             backup that is too old, or it is another database. Keys that were revoked since would be valid again. \
+             Restore a newer backup; or, if this is the newest one, repeat those revocations, and start without \
              --require-revision"
         );
     }

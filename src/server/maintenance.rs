@@ -1,5 +1,6 @@
-//! What people do with the database at hand, beside the servers that run on it or while none does: migrate it, copy it,
-//! archive its log, have it start without the changes that it has lost.
+//! Maintenance of the database: migration, backup, archiving the log, accepting a lost WAL.
+//!
+//! Commands run these functions with direct access to the database, while servers run on it or none does.
 
 use std::path::Path;
 
@@ -14,11 +15,8 @@ use crate::{
     store::{self, LogHead, MigrationStep, OpenError},
 };
 
-/// Fails if the settings name an SQLite file that does not exist: a misspelt path is no new database.
-///
-/// # Errors
-/// When there is no such file.
-pub fn require_existing_database(settings: &ServerSettings) -> anyhow::Result<()> {
+/// Checks that the settings name no missing SQLite file: a mistyped path must not create a database.
+pub(crate) fn require_existing_database(settings: &ServerSettings) -> anyhow::Result<()> {
     match store::sqlite_file(&settings.database) {
         Some(path) if !path.exists() => {
             Err(OpenError::FileNotFound { path: path.display().to_string() }.into())
@@ -27,11 +25,10 @@ pub fn require_existing_database(settings: &ServerSettings) -> anyhow::Result<()
     }
 }
 
-/// Archives the entries of the log that were made before an instant to a new file. None = there are none.
+/// Archives the log entries that were made before an instant to a new file. Returns `None` if there are none.
 ///
-/// # Errors
-/// When the database does not open or fails, the file cannot be written, or a replica stands in the way.
-pub async fn archive_log(
+/// Fails if the database does not open or fails, the file cannot be written, or a replica needs the entries.
+pub(crate) async fn archive_log(
     settings: &ServerSettings,
     before: Timestamp,
     to: &Path,
@@ -47,31 +44,28 @@ pub async fn archive_log(
     Ok(archived?)
 }
 
-/// Brings the schema up to date, or only says what that would do. Gives the steps.
+/// Migrates the schema, or only lists the steps if `dry_run`. Returns the steps.
 ///
-/// # Errors
-/// When the database does not open, or a newer version has migrated it.
-pub async fn migrate(settings: &ServerSettings, dry_run: bool) -> anyhow::Result<Vec<MigrationStep>> {
+/// Fails if the database does not open, or a newer version has migrated it.
+pub(crate) async fn migrate(settings: &ServerSettings, dry_run: bool) -> anyhow::Result<Vec<MigrationStep>> {
     Ok(store::migrate(&settings.database, dry_run).await?)
 }
 
-/// Copies an SQLite database to a new file, also while a server owns it. Gives where the copy's log ends.
+/// Copies an SQLite database to a new file, even while a server owns it. Returns the head of the copy's log.
 ///
-/// # Errors
-/// When it cannot be copied, or the database is none of SQLite.
-pub async fn backup(settings: &ServerSettings, to: &Path) -> anyhow::Result<LogHead> {
+/// Fails if the database cannot be copied or is not SQLite.
+pub(crate) async fn backup(settings: &ServerSettings, to: &Path) -> anyhow::Result<LogHead> {
     Ok(store::backup(&settings.database, to).await?)
 }
 
-/// Has an SQLite database whose WAL is lost start again from what its file holds, and the log say so. Gives where the log
-/// ended.
+/// Opens an SQLite database whose WAL is lost with the contents of its file, and records that in the log. Returns the
+/// head of the log before that entry.
 ///
-/// # Errors
-/// When its WAL is not lost, or the database does not open or fails.
-pub async fn accept_lost_wal(settings: &ServerSettings, clock: &dyn Clock) -> anyhow::Result<LogHead> {
+/// Fails if the WAL is not lost, or the database does not open or fails.
+pub(crate) async fn accept_lost_wal(settings: &ServerSettings, clock: &dyn Clock) -> anyhow::Result<LogHead> {
     let store = store::open_without_wal(&settings.database).await?;
     let head = store.log_head().await?;
-    // A file without an operator account was killed before it acknowledged anything.
+    // A file without an operator account acknowledged nothing before its server was killed.
     maintenance_entry::append_entry::<anyhow::Error>(
         &*store,
         AuditAction::DatabaseLossAccepted,

@@ -1,4 +1,4 @@
-//! The rules file of a server: read at the start, and again whenever it changes.
+//! Loads the rules file at the start, and applies it again when it changes.
 
 use std::{
     path::{Path, PathBuf},
@@ -17,7 +17,7 @@ use crate::{
     gateway::Gateway,
 };
 
-/// The rules file, read for the first time.
+/// The rules file, as first read.
 pub(super) struct RulesFile {
     path: PathBuf,
     text: String,
@@ -32,18 +32,18 @@ impl RulesFile {
         Ok(RulesFile { path: path.to_owned(), text, rule_book: book, environments })
     }
 
-    /// Puts the rules in force.
+    /// Applies the rules to the gateway.
     pub(super) fn apply(&self, gateway: &Gateway) {
         gateway.set_rules(self.rule_book.clone());
     }
 
-    /// Puts every later version in force that is right.
-    pub(super) async fn watch(self, gateway: Arc<Gateway>, asked: watch::Receiver<()>) {
+    /// Applies every later valid version of the file.
+    pub(super) async fn watch(self, gateway: Arc<Gateway>, reload: watch::Receiver<()>) {
         let RulesFile { path, text, rule_book: _, environments } = self;
         let named = path.clone();
         let take =
             move |text: &String| gateway.reload_rules(rules::parse_rules_file(&named, text, &environments));
         let read = path.clone();
-        file_watcher::watch_file(&path, text, move || rules::read_rules_text(&read), take, asked).await;
+        file_watcher::watch_file(&path, text, move || rules::read_rules_text(&read), take, reload).await;
     }
 }

@@ -1,5 +1,6 @@
-//! The addresses of a server: taken first, and opened to everybody when the rest is ready. Certificates are read before
-//! anything is taken.
+//! Binds the addresses of a server at the start, and listens on them when the rest is ready.
+//!
+//! Certificates are read before an address is bound.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -18,46 +19,46 @@ use crate::{
     },
 };
 
-/// A gRPC listener, and its certificates as they were read.
+/// A bound gRPC listener with its certificate.
 struct PreparedListener {
     listener: ListenerSettings,
     socket: BoundSocket,
     tls: Option<(Arc<ListenerTls>, TlsMaterial)>,
 }
 
-/// The addresses, taken.
+/// Bound addresses that accept no connections yet.
 pub(super) struct BoundSockets {
     grpc: Vec<PreparedListener>,
     admin: BoundSocket,
     forward_auth: Option<BoundSocket>,
 }
 
-/// The addresses, open to everybody.
+/// Listening sockets.
 pub(super) struct OpenListeners {
     pub(super) grpc: Vec<BoundListener>,
     pub(super) admin: TcpListener,
     pub(super) forward_auth: Option<TcpListener>,
-    /// Certificates that are watched: whose they are, and what was read.
+    /// Certificates to watch: listener, TLS state, and the files' content as read.
     certificates: Vec<(String, Arc<ListenerTls>, TlsMaterial)>,
-    /// What each gRPC listener counts.
+    /// The counters of each gRPC listener.
     pub(super) report: ListenerMetrics,
 }
 
-/// Where each listens.
+/// The addresses of all listeners.
 pub(super) struct ListenAddresses {
-    /// The gRPC listeners, the main one first: name, place, whether it speaks TLS.
+    /// The gRPC listeners, the main one first: name, address, whether it uses TLS.
     pub(super) grpc: Vec<(String, LocalAddress, bool)>,
     pub(super) admin: SocketAddr,
     pub(super) forward_auth: Option<SocketAddr>,
 }
 
 impl ListenAddresses {
-    /// Where Envoy alone is served, by the setting of its own.
+    /// The address of the setting `envoy_listen`, if it is set.
     pub(super) fn envoy_address(&self) -> Option<SocketAddr> {
         self.grpc.iter().find(|(name, ..)| name == ENVOY_LISTENER).and_then(|(_, bound, _)| bound.as_tcp())
     }
 
-    /// A port that is this server's own.
+    /// A port of this server, for the default name of its replica.
     pub(super) fn advertised_port(&self) -> u16 {
         let first = self.grpc.iter().find_map(|(_, bound, _)| bound.as_tcp());
         first.unwrap_or(self.admin).port()
@@ -77,16 +78,16 @@ impl OpenListeners {
         })
     }
 
-    /// Starts to watch the certificates.
-    pub(super) fn watch_certificates(&mut self, asked: &watch::Receiver<()>) -> Vec<JoinHandle<()>> {
+    /// Starts a task for each certificate that reloads it on change.
+    pub(super) fn watch_certificates(&mut self, reload: &watch::Receiver<()>) -> Vec<JoinHandle<()>> {
         let watched = std::mem::take(&mut self.certificates);
         let watch = |(listener, tls, material): (String, Arc<ListenerTls>, TlsMaterial)| {
-            let asked = asked.clone();
+            let reload = reload.clone();
             tokio::spawn(async move {
                 let reader = tls.clone();
                 let read = move || reader.files().read();
                 let take = |material: &TlsMaterial| replace_certificate(&listener, &tls, material);
-                file_watcher::watch_file(&tls.files().certificate, material, read, take, asked).await;
+                file_watcher::watch_file(&tls.files().certificate, material, read, take, reload).await;
             })
         };
         watched.into_iter().map(watch).collect()
@@ -96,14 +97,14 @@ impl OpenListeners {
 fn replace_certificate(listener: &str, tls: &ListenerTls, material: &TlsMaterial) {
     match tls.reload(material) {
         Ok(()) => {
-            tracing::info!(listener, expires = tls.certificate_expiry(), "the certificate was read anew")
+            tracing::info!(listener, expires = tls.certificate_expiry(), "certificate reloaded")
         }
         Err(error) => {
             let error = &error as &dyn std::error::Error;
             tracing::error!(
                 error,
                 listener,
-                "the new certificate cannot be used; the one before stays in force"
+                "the new certificate cannot be used; the previous one stays in use"
             );
         }
     }
@@ -126,7 +127,7 @@ impl BoundSockets {
             }
             None => None,
         };
-        // The admin pages hold no secret, and whoever scrapes them is elsewhere.
+        // The admin pages have no secrets, and scrapers run on other hosts.
         let admin = bind_address("admin_listen", &tcp(&settings.admin_listen), true).await?;
         Ok(BoundSockets { grpc, admin, forward_auth: forward })
     }
@@ -157,7 +158,7 @@ fn into_tcp_listener(setting: &str, taken: BoundSocket) -> anyhow::Result<TcpLis
     }
 }
 
-/// Takes an address, and lets nobody connect yet.
+/// Binds an address without accepting connections.
 async fn bind_address(
     listener: &str,
     address: &ListenAddress,
@@ -171,7 +172,7 @@ fn listen_error(listener: &str) -> String {
     format!("{} cannot be listened on; is another server running there?", setting_name(listener))
 }
 
-/// The setting that has a listener's address.
+/// The setting with a listener's address.
 fn setting_name(listener: &str) -> String {
     match listener {
         MAIN_LISTENER => "listen".to_owned(),

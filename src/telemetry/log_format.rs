@@ -1,6 +1,7 @@
-//! Log lines name the call that they are about: its request id, and its trace where it has one. The names come from
-//! the task that logs, not from spans: most calls have none. What a caller sent is escaped in them: it neither steers the
-//! terminal that shows the log nor begins a line.
+//! Formats log lines, and adds the request id and trace id of the call that logs.
+//!
+//! The ids come from the task that logs, not from spans, because most calls have none. Values are escaped, so text from
+//! a caller can neither control the terminal that shows the log nor start a new line.
 
 use std::{
     error::Error,
@@ -22,7 +23,7 @@ use crate::{
     trace::{self, TracedCall},
 };
 
-/// Fields as people read them, the call's names last.
+/// Formats fields as text, followed by the ids of the call.
 pub(super) struct TextFieldsWithRequestId;
 
 impl<'writer> FormatFields<'writer> for TextFieldsWithRequestId {
@@ -96,7 +97,7 @@ fn write_text_ids(call: &TracedCall, to: &mut impl fmt::Write) -> fmt::Result {
     }
 }
 
-/// A line of JSON, escaped, with the call's names beside the event's own fields.
+/// Formats an event as one escaped JSON line, with the ids of the call next to the event's own fields.
 pub(super) struct JsonEventWithRequestId<F>(pub(super) F);
 
 impl<S, N, F> FormatEvent<S, N> for JsonEventWithRequestId<F>
@@ -118,7 +119,7 @@ where
         let mut line = String::new();
         self.0.format_event(context, Writer::new(&mut line), event)?;
         let line = escape_json(line);
-        // An object is never empty: it has a time at least.
+        // The object is never empty: it has at least a timestamp.
         match (line.trim_end().strip_suffix('}'), names.transpose()?) {
             (Some(open), Some(names)) => writeln!(writer, "{open},{names}}}"),
             _ => writer.write_str(&line),
@@ -126,7 +127,7 @@ where
     }
 }
 
-/// Neither has a character that JSON would escape.
+/// Neither id has a character that JSON escapes.
 fn write_json_ids(call: &TracedCall, to: &mut impl fmt::Write) -> fmt::Result {
     write!(to, "\"request_id\":\"{}\"", call.request_id())?;
     match call.trace_id() {
@@ -166,7 +167,7 @@ mod tests {
 
     const NASTY: &str = "a\u{1b}]0;x\u{7}\u{9b}2J\u{7f}\u{202e}\u{200b}\nb";
 
-    /// The lines that a log in a form has of one event.
+    /// The log output of one event.
     fn logged(json: bool, ansi: bool) -> String {
         let sink = SharedBuffer::default();
         let writer = sink.clone();

@@ -1,5 +1,7 @@
-//! Sends recorded spans to a collector. Calls hand them over and go on: what waits is bounded, what finds no room is
-//! lost and counted, and a collector that is away or hangs holds up nobody but the task that sends.
+//! Sends recorded spans to an OTLP collector.
+//!
+//! Calls queue their spans and continue. The queue is bounded; spans that do not fit are dropped and counted. A
+//! collector that is away or hangs blocks only the exporting task.
 
 use std::{sync::Mutex, time::Duration};
 
@@ -19,25 +21,25 @@ use tonic::{
 
 use crate::{config::telemetry::OtlpSettings, trace};
 
-/// How many spans may wait, about 1 KB each.
+/// Spans that may wait, about 1 KB each.
 const QUEUE_CAPACITY: usize = 4096;
-/// How many go in one request.
+/// Spans in one request.
 const MAX_BATCH_SIZE: usize = 512;
-/// How long spans are gathered before they are sent.
+/// Time for which spans are collected before a request.
 const BATCH_DELAY: Duration = Duration::from_secs(1);
-/// How long a request may take.
+/// Time limit of a request.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long what is left may take at the stop.
+/// Time limit for the remaining spans at a stop.
 const FINAL_EXPORT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The way to the collector, to be closed at the end.
+/// The running exporter; call `stop` at the end of the process.
 #[derive(Debug, Default)]
 pub struct TraceExporter {
     running: Option<(SdkTracerProvider, JoinHandle<()>)>,
 }
 
 impl TraceExporter {
-    /// Starts sending, if there is a collector.
+    /// Starts the exporter if a collector is configured.
     pub(super) fn start(otlp: Option<&OtlpSettings>) -> anyhow::Result<(TraceExporter, Option<SdkTracer>)> {
         let Some(otlp) = otlp else { return Ok((TraceExporter::default(), None)) };
         let mut exporter = build_span_exporter(otlp)?;
@@ -47,20 +49,20 @@ impl TraceExporter {
         let provider = SdkTracerProvider::builder()
             .with_span_processor(SpanQueue(Mutex::new(Some(spans))))
             .with_resource(build_resource(otlp))
-            // Whether a call is recorded is decided before its span is made.
+            // `trace` decides whether a call is recorded, before its span exists.
             .with_sampler(Sampler::AlwaysOn)
             .build();
         let tracer = provider.tracer("keyward");
         Ok((TraceExporter { running: Some((provider, sending)) }, Some(tracer)))
     }
 
-    /// Sends what is left, as far as there is time.
-    pub async fn stop(self) {
+    /// Sends the remaining spans, within a time limit.
+    pub(crate) async fn stop(self) {
         let Some((provider, mut sending)) = self.running else { return };
-        // It closes the queue, which the task empties and ends.
+        // Closes the queue; the task then empties it and ends.
         let _ = provider.shutdown();
         if tokio::time::timeout(FINAL_EXPORT_TIMEOUT, &mut sending).await.is_err() {
-            tracing::warn!("the last spans were not sent in time");
+            tracing::warn!("the last spans were not exported in time");
             sending.abort();
         }
     }
@@ -96,13 +98,13 @@ fn build_span_exporter(otlp: &OtlpSettings) -> anyhow::Result<opentelemetry_otlp
     Ok(exporter.build()?)
 }
 
-/// Who sends. `OTEL_RESOURCE_ATTRIBUTES` may say more.
+/// The identity of this service. `OTEL_RESOURCE_ATTRIBUTES` may add attributes.
 fn build_resource(otlp: &OtlpSettings) -> Resource {
     let version = opentelemetry::KeyValue::new("service.version", env!("CARGO_PKG_VERSION"));
     Resource::builder().with_service_name(otlp.service_name.clone()).with_attribute(version).build()
 }
 
-/// Where spans wait. Closed when it is gone.
+/// The queue of spans; `None` once it is closed.
 #[derive(Debug)]
 struct SpanQueue(Mutex<Option<mpsc::Sender<SpanData>>>);
 
@@ -128,7 +130,7 @@ impl SpanProcessor for SpanQueue {
 
 async fn export_spans(exporter: impl SpanExporter, mut waiting: mpsc::Receiver<SpanData>) {
     let mut batch = Vec::with_capacity(MAX_BATCH_SIZE);
-    let mut silent = false;
+    let mut failing = false;
     while waiting.recv_many(&mut batch, MAX_BATCH_SIZE).await > 0 {
         fill_batch(&mut waiting, &mut batch).await;
         let count = batch.len() as u64;
@@ -141,23 +143,23 @@ async fn export_spans(exporter: impl SpanExporter, mut waiting: mpsc::Receiver<S
         match failed {
             Some(error) => {
                 trace::add_lost_spans(count);
-                if !std::mem::replace(&mut silent, true) {
-                    tracing::warn!(error, "the collector takes no spans; until it does they are lost");
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(error, "the collector accepts no spans; they are dropped until it does");
                 }
             }
-            None if std::mem::take(&mut silent) => tracing::info!("the collector takes spans again"),
+            None if std::mem::take(&mut failing) => tracing::info!("the collector accepts spans again"),
             None => {}
         }
     }
 }
 
-/// Waits a little for more: a request for each span would cost more than the spans.
+/// Waits for more spans, because a request for each would cost more than the spans.
 async fn fill_batch(waiting: &mut mpsc::Receiver<SpanData>, batch: &mut Vec<SpanData>) {
     let end = tokio::time::Instant::now() + BATCH_DELAY;
     while batch.len() < MAX_BATCH_SIZE {
         match tokio::time::timeout_at(end, waiting.recv()).await {
             Ok(Some(span)) => batch.push(span),
-            // No more in this time, or ever.
+            // The delay is over, or the queue is closed.
             Ok(None) | Err(_) => return,
         }
     }

@@ -1,5 +1,6 @@
-//! Names for calls, and the chance by which some are looked at more closely. Both need numbers that do not repeat,
-//! and need not be secret: they are made from a seed, without a system call.
+//! Request ids, and the random numbers behind ids and sampling.
+//!
+//! The numbers must not repeat but need not be secret: they come from a seed, without a system call.
 
 use std::{
     cell::Cell,
@@ -11,7 +12,7 @@ use http::{HeaderMap, HeaderValue};
 
 const MAX_REQUEST_ID_LEN: usize = 128;
 
-/// What to call a request: the caller's word, or a UUIDv7.
+/// The id of a request: received from the caller, or a generated UUIDv7.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RequestId(RequestIdRepr);
 
@@ -22,23 +23,23 @@ enum RequestIdRepr {
 }
 
 impl RequestId {
-    /// The one that `x-request-id` tells of, if it is well-formed.
+    /// Reads the header `x-request-id`; `None` if it is missing or malformed.
     #[must_use]
-    pub fn from_headers(headers: &HeaderMap) -> Option<RequestId> {
+    pub(crate) fn from_headers(headers: &HeaderMap) -> Option<RequestId> {
         let value = headers.get("x-request-id")?;
         is_valid_request_id(value.as_bytes()).then(|| RequestId(RequestIdRepr::Received(value.clone())))
     }
 
-    /// The same from bytes.
+    /// Parses the value of the header.
     #[must_use]
-    pub fn from_bytes(bytes: &[u8]) -> Option<RequestId> {
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<RequestId> {
         let value = is_valid_request_id(bytes).then(|| HeaderValue::from_bytes(bytes).ok())?;
         value.map(|value| RequestId(RequestIdRepr::Received(value)))
     }
 }
 
-/// 1 to 128 letters, digits and `-.:=+/`. No `_`, which every token of ours has: a client that mistakes the header
-/// for another one must not bring its token into a log.
+/// 1 to 128 letters, digits and `-.:=+/`. `_` is excluded because every Keyward token has one: a client that mixes up
+/// headers must not put its token into a log.
 fn is_valid_request_id(bytes: &[u8]) -> bool {
     let good = |byte: &u8| byte.is_ascii_alphanumeric() || b"-.:=+/".contains(byte);
     (1..=MAX_REQUEST_ID_LEN).contains(&bytes.len()) && bytes.iter().all(good)
@@ -48,9 +49,9 @@ impl From<RequestId> for HeaderValue {
     fn from(id: RequestId) -> HeaderValue {
         match id.0 {
             RequestIdRepr::Received(value) => value,
-            RequestIdRepr::Generated { millis, random: draw } => {
+            RequestIdRepr::Generated { millis, random } => {
                 let mut text = uuid::Uuid::encode_buffer();
-                let text = draw.uuid(millis).hyphenated().encode_lower(&mut text);
+                let text = random.uuid(millis).hyphenated().encode_lower(&mut text);
                 HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static(""))
             }
         }
@@ -61,31 +62,31 @@ impl fmt::Display for RequestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             RequestIdRepr::Received(value) => f.write_str(value.to_str().unwrap_or_default()),
-            RequestIdRepr::Generated { millis, random: draw } => draw.uuid(*millis).fmt(f),
+            RequestIdRepr::Generated { millis, random } => random.uuid(*millis).fmt(f),
         }
     }
 }
 
-/// Gives numbers, each once.
+/// A generator of pseudorandom ids that do not repeat.
 #[derive(Clone, Copy, Debug)]
-pub struct RandomIds {
+pub(crate) struct RandomIds {
     seed: u64,
 }
 
-/// One of them.
+/// A generated 64-bit number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RandomId(u64);
+pub(crate) struct RandomId(u64);
 
 impl RandomIds {
-    /// Those of this seed. Processes with one seed would give the same.
+    /// Processes must have different seeds, or they generate the same ids.
     #[must_use]
-    pub const fn with_seed(seed: u64) -> RandomIds {
+    pub(crate) const fn with_seed(seed: u64) -> RandomIds {
         RandomIds { seed }
     }
 
-    /// The next. Threads count apart, and so take nothing from each other.
+    /// Returns the next id. Each thread has its own counter, so threads do not contend.
     #[must_use]
-    pub fn next_id(self) -> RandomId {
+    pub(crate) fn next_id(self) -> RandomId {
         static THREADS: AtomicU64 = AtomicU64::new(0);
         thread_local! {
             static COUNT: Cell<u64> = Cell::new(THREADS.fetch_add(1, Ordering::Relaxed) << 40);
@@ -95,7 +96,7 @@ impl RandomIds {
     }
 }
 
-/// SplitMix64 (Steele, Lea and Flood 2014): one to one, and its outputs look like chance.
+/// SplitMix64 (Steele, Lea and Flood 2014): a bijection whose outputs look random.
 const fn split_mix64(number: u64) -> u64 {
     let number = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -104,15 +105,15 @@ const fn split_mix64(number: u64) -> u64 {
 }
 
 impl RandomId {
-    /// A request id of this instant, in milliseconds since 1970.
+    /// A request id with this time, in milliseconds since 1970.
     #[must_use]
-    pub fn request_id(self, millis: u64) -> RequestId {
+    pub(crate) fn request_id(self, millis: u64) -> RequestId {
         RequestId(RequestIdRepr::Generated { millis, random: self })
     }
 
-    /// A UUIDv7 of this instant, in milliseconds since 1970.
+    /// A UUIDv7 with this time, in milliseconds since 1970.
     #[must_use]
-    pub fn uuid(self, millis: u64) -> uuid::Uuid {
+    pub(crate) fn uuid(self, millis: u64) -> uuid::Uuid {
         uuid::Builder::from_unix_timestamp_millis(millis, &self.random_bytes()).into_uuid()
     }
 
@@ -123,20 +124,21 @@ impl RandomId {
         random
     }
 
-    /// Another number that has nothing to do with this one.
+    /// Derives a number that is statistically independent of this one.
     #[must_use]
-    pub const fn derive_independent(self) -> RandomId {
+    pub(crate) const fn derive_independent(self) -> RandomId {
         RandomId(split_mix64(self.0 ^ 0x6b65_7977_6172_6421))
     }
 
-    /// Whether it falls below: with a chance of `sampling_threshold` in 2^64; of the highest, always.
+    /// Whether the number is below the threshold: true with a probability of `threshold` in 2^64, and always for
+    /// `u64::MAX`.
     #[must_use]
-    pub const fn is_below(self, threshold: u64) -> bool {
+    pub(crate) const fn is_below(self, threshold: u64) -> bool {
         threshold == u64::MAX || self.0 < threshold
     }
 }
 
-/// A share of 0 to 1, as [`RandomId::is_below`] takes it.
+/// Converts a ratio of 0 to 1 into a threshold for [`RandomId::is_below`].
 #[must_use]
 #[expect(
     clippy::cast_possible_truncation,
@@ -144,7 +146,7 @@ impl RandomId {
     clippy::cast_sign_loss,
     reason = "it saturates"
 )]
-pub fn sampling_threshold(share: f64) -> u64 {
+pub(crate) fn sampling_threshold(share: f64) -> u64 {
     (share * u64::MAX as f64) as u64
 }
 

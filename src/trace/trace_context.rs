@@ -1,17 +1,18 @@
-//! The trace that a caller is in: W3C Trace Context's `traceparent` and `tracestate`. It is read on every call, and
-//! what is not well-formed is as good as missing.
+//! Parses W3C Trace Context: the headers `traceparent` and `tracestate` of a caller.
+//!
+//! It runs on every call. A malformed header counts as missing.
 
 use std::fmt;
 
 use http::{HeaderMap, HeaderValue};
 use opentelemetry::trace::{SpanContext, SpanId, TraceFlags, TraceState};
 
-/// The longest `tracestate` that is taken; the standard asks for 512.
+/// The longest `tracestate` that is forwarded; the standard requires at least 512.
 const MAX_TRACE_STATE_LEN: usize = 512;
 
-/// A trace.
+/// The 128-bit id of a trace.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct TraceId(u128);
+pub(crate) struct TraceId(u128);
 
 impl From<opentelemetry::trace::TraceId> for TraceId {
     fn from(id: opentelemetry::trace::TraceId) -> Self {
@@ -19,7 +20,7 @@ impl From<opentelemetry::trace::TraceId> for TraceId {
     }
 }
 
-/// 32 hexadecimal digits.
+/// Formats the id as 32 hexadecimal digits.
 impl fmt::Display for TraceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:032x}", self.0)
@@ -32,35 +33,35 @@ impl fmt::Debug for TraceId {
     }
 }
 
-/// The caller's span.
+/// The trace context of a caller's span.
 #[derive(Clone, Debug)]
 pub struct RemoteTraceContext {
-    /// Its trace.
-    pub trace_id: TraceId,
-    /// Whether the caller records it.
-    pub is_sampled: bool,
+    /// The trace that the span belongs to.
+    pub(crate) trace_id: TraceId,
+    /// Whether the caller records the span.
+    pub(crate) is_sampled: bool,
     span_id: u64,
     trace_state: Option<HeaderValue>,
 }
 
 impl RemoteTraceContext {
-    /// The one that headers tell of. One `traceparent`: several are none.
+    /// Reads the context from headers. Several `traceparent` headers count as none.
     #[must_use]
-    pub fn from_headers(headers: &HeaderMap) -> Option<RemoteTraceContext> {
+    pub(crate) fn from_headers(headers: &HeaderMap) -> Option<RemoteTraceContext> {
         let mut values = headers.get_all("traceparent").iter();
         let parent = RemoteTraceContext::parse(values.next()?.as_bytes(), None)?;
         if values.next().is_some() {
             return None;
         }
-        // Looked at only where it is sent on.
+        // `tracestate` is used only if the span is exported.
         let state = headers.get("tracestate").filter(|_| parent.is_sampled).cloned();
         Some(RemoteTraceContext { trace_state: state, ..parent })
     }
 
-    /// Reads the two headers.
+    /// Parses the values of `traceparent` and `tracestate`.
     #[must_use]
-    pub fn parse(parent: &[u8], state: Option<&[u8]>) -> Option<RemoteTraceContext> {
-        // version "-" trace "-" span "-" flags; a later version may say more after another "-".
+    pub(crate) fn parse(parent: &[u8], state: Option<&[u8]>) -> Option<RemoteTraceContext> {
+        // version "-" trace "-" span "-" flags; a later version may append more after another "-".
         let (version, rest) = (parse_hex(parent.get(..2)?)?, parent.get(2..55)?);
         let whole = match version {
             0 => parent.len() == 55,
@@ -82,14 +83,14 @@ impl RemoteTraceContext {
         })
     }
 
-    /// What `tracestate` says with it, in visible ASCII, where that can be sent on.
+    /// The value of `tracestate`, if it is visible ASCII and short enough to forward.
     #[must_use]
-    pub fn trace_state(&self) -> Option<&str> {
+    pub(crate) fn trace_state(&self) -> Option<&str> {
         let state = self.trace_state.as_ref()?.to_str().ok()?;
         (state.len() <= MAX_TRACE_STATE_LEN).then_some(state)
     }
 
-    /// The same for the exporter.
+    /// Converts the context for the exporter.
     pub(super) fn to_span_context(&self) -> SpanContext {
         let state = self.trace_state().and_then(|state| state.parse().ok());
         let flags = if self.is_sampled { TraceFlags::SAMPLED } else { TraceFlags::default() };
@@ -98,7 +99,7 @@ impl RemoteTraceContext {
     }
 }
 
-/// A number in lower-case hexadecimal digits.
+/// Parses lower-case hexadecimal digits.
 fn parse_hex(digits: &[u8]) -> Option<u128> {
     digits.iter().try_fold(0, |number, digit| {
         let digit = match digit {

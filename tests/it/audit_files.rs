@@ -124,7 +124,7 @@ async fn entries_that_were_taken_away_without_an_archive_are_missed() {
          DELETE FROM keyward.log WHERE revision <= 9",
     );
     let found = verified(&server).await;
-    assert!(!found.valid && found.problem.contains("no entry says that they were archived"), "{found:?}");
+    assert!(!found.valid && found.problem.contains("no entry states that they were archived"), "{found:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

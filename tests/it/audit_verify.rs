@@ -55,8 +55,12 @@ async fn an_entry_that_was_changed_or_taken_out_is_found() {
         ("UPDATE log SET actor = 'system' WHERE revision = 6", 6, "it was changed"),
         ("DELETE FROM log WHERE revision = 7", 7, "is missing; the next one there is 8"),
         ("UPDATE log SET acting_user = 'NOT A USER\n' WHERE revision = 4", 4, "cannot be read"),
-        ("DELETE FROM log WHERE revision > 9", 10, "should go on to"),
-        ("UPDATE meta SET head_hash = (SELECT hash FROM log WHERE revision = 2)", 0, "calls its head"),
+        ("DELETE FROM log WHERE revision > 9", 10, "should continue to"),
+        (
+            "UPDATE meta SET head_hash = (SELECT hash FROM log WHERE revision = 2)",
+            0,
+            "the head that the database states",
+        ),
     ] {
         let (server, _) = populated_server().await;
         let head = newest(&server.root_client()).await.revision;
@@ -93,8 +97,8 @@ async fn a_row_that_was_put_back_taken_out_or_planted_is_found() {
     let told: Vec<_> = found.mismatches.iter().map(|one| (&*one.record, &*one.problem)).collect();
     let expected = [
         (format!("key {id}"), "an older state"),
-        ("member ann of account acme".to_owned(), "the tables have not"),
-        ("member eve of account acme".to_owned(), "no entry of the log"),
+        ("member ann of account acme".to_owned(), "the tables do not"),
+        ("member eve of account acme".to_owned(), "the log has no entry"),
     ];
     assert_eq!(told.len(), expected.len(), "{told:?}");
     for ((record, said), (found, problem)) in expected.iter().zip(told) {
@@ -172,7 +176,7 @@ async fn a_planted_key_with_the_revision_of_another_is_found() {
         let found = root.verify_audit_log().await;
         let told: Vec<_> =
             found.mismatches.iter().map(|one| (&*one.record, one.revision, &*one.problem)).collect();
-        let said = "the tables have it, and no entry of the log is about it";
+        let said = "the tables have it, and the log has no entry about it";
         assert!(told.contains(&(&*format!("key {twin}"), made.key.revision, said)), "{told:?}");
         assert!(told.iter().all(|one| one.0 != format!("key {}", made.id)), "{told:?}");
         assert!(!found.valid && found.broken_at == 0, "{found:?}");

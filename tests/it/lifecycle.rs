@@ -308,7 +308,7 @@ async fn a_root_key_reset_of_a_new_database_makes_no_key() {
     let url = home.url();
     store::open(&url).await.unwrap().close().await;
     let said = home.run_expecting_failure(home.root_key_reset_command("-"));
-    assert!(said.contains("'keyward serve' makes one"), "{said}");
+    assert!(said.contains("'keyward serve' creates one"), "{said}");
     let store = store::open(&url).await.unwrap();
     assert_eq!(store.log_head().await.unwrap().revision, Revision(0));
 }

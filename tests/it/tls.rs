@@ -324,7 +324,7 @@ async fn certificates_are_replaced_under_load_and_no_call_fails() {
     wait_until_shown(&secure, &newest).await;
     // A key of another certificate, and then no certificate at all: what there was goes on.
     replace_file(&key, &secure.authority.issue_server_certificate(2050).key);
-    let said = || secure.keyward.process.stderr().matches("the one before stays in force").count();
+    let said = || secure.keyward.process.stderr().matches("the previous one stays in use").count();
     wait_for("a wrong key to be told", || (said() == 1).then_some(()));
     replace_file(&certificate, "nothing");
     wait_for("a wrong certificate to be told", || (said() == 2).then_some(()));

@@ -1,7 +1,7 @@
 //! `keyward root-key reset`: revokes the root key, finds what descends from it, and creates a new one.
 //!
-//! The new root key is the last thing that is recorded. Until then the newest root key is the lost one, so the same
-//! command finishes a reset that was broken off.
+//! Invariant: the new root key is recorded last. Until then the newest root key is the lost one, so repeating the
+//! command finishes an interrupted reset.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -10,7 +10,6 @@ use std::{
 
 use anyhow::bail;
 
-use super::{PendingTokenFile, RootKeyFile};
 use crate::{
     clock::{Clock, EntropySource},
     config::server::{RootKeyArgs, ServerSettings},
@@ -28,13 +27,15 @@ use crate::{
     store::{self, KeyFilter, LogFilter, OwnerFilter, Store, WriteRejection, WriteRequest},
 };
 
+use super::token_file::RootKeyFile;
+
 const METHOD: &str = "keyward root-key reset";
 const PAGE_SIZE: u32 = 1000;
-/// How often the descendants are looked for. On PostgreSQL servers run, and a descendant may create another key before
-/// its own revocation is in force.
+/// Rounds of the search for descendants. On PostgreSQL servers keep running, and a descendant may create another key
+/// before its own revocation is in force.
 const MAX_ROUNDS: u32 = 16;
 
-/// What gives rights to somebody, except for creating and rotating keys.
+/// Actions that grant rights, other than creating and rotating keys.
 const RIGHTS_GRANTING_ACTIONS: [AuditAction; 8] = [
     AuditAction::KeyUpdated,
     AuditAction::KeyEnabled,
@@ -46,65 +47,60 @@ const RIGHTS_GRANTING_ACTIONS: [AuditAction; 8] = [
     AuditAction::AccountResumed,
 ];
 
-/// What a reset has done, and what it has found.
+/// The result of a reset.
 #[derive(Debug)]
-pub struct RootKeyReset {
-    /// The new root key's token, unless it went to a file.
-    pub token: Option<Token>,
-    /// The lost root key.
-    pub lost: KeyId,
-    /// The root keys from before it.
-    pub earlier_root_keys: Vec<KeyId>,
-    /// The keys that descend from the lost one and were not revoked before.
-    pub descendants: Vec<DescendantKey>,
+pub(crate) struct RootKeyReset {
+    /// Token of the new root key, unless it went to a file.
+    pub(crate) token: Option<Token>,
+    /// The root key that was replaced.
+    pub(crate) lost: KeyId,
+    /// Older root keys.
+    pub(crate) earlier_root_keys: Vec<KeyId>,
+    /// Descendants of the lost key that were not revoked before.
+    pub(crate) descendants: Vec<DescendantKey>,
     /// Whether the descendants are revoked now.
-    pub descendants_revoked: bool,
-    /// What else the lost key and its descendants have given, oldest first.
-    pub rights_changes: Vec<RightsChange>,
-    /// Why the revocations may not be in force on every replica yet.
-    pub unconfirmed_reason: Option<String>,
+    pub(crate) descendants_revoked: bool,
+    /// Other rights that the lost key and its descendants have granted, oldest first.
+    pub(crate) rights_changes: Vec<RightsChange>,
+    /// Why it is not confirmed that the revocations are in force on every replica.
+    pub(crate) unconfirmed_reason: Option<String>,
 }
 
 /// A key that descends from the lost root key.
 #[derive(Clone, Debug)]
-pub struct DescendantKey {
-    /// Its owner.
-    pub owner: KeyOwner,
-    /// Its environment.
-    pub environment: EnvironmentName,
-    /// Its name.
-    pub name: Option<KeyName>,
-    /// When it was created.
-    pub created_at: Timestamp,
-    /// How it descends.
-    pub link: LineageLink,
+pub(crate) struct DescendantKey {
+    pub(crate) owner: KeyOwner,
+    pub(crate) environment: EnvironmentName,
+    pub(crate) name: Option<KeyName>,
+    pub(crate) created_at: Timestamp,
+    /// The creation or rotation by which the key descends.
+    pub(crate) link: LineageLink,
 }
 
-/// A change that the lost key or a descendant has made, and that a revocation does not undo.
+/// A change by the lost key or a descendant that a revocation does not undo.
 #[derive(Clone, Debug)]
-pub struct RightsChange {
-    /// Its entry in the log.
-    pub entry: LogEntry,
-    /// The role that was changed or given.
-    pub role: Option<String>,
+pub(crate) struct RightsChange {
+    /// The entry of the change.
+    pub(crate) entry: LogEntry,
+    /// The role that was changed or assigned.
+    pub(crate) role: Option<String>,
 }
 
-/// Revokes the root key, and its descendants if the arguments ask for it; then creates a new root key. Servers may run
-/// on a PostgreSQL database meanwhile; an SQLite file must belong to no running server.
+/// Revokes the root key, and its descendants if the arguments ask for it; then creates a new root key. Servers may keep
+/// running on a PostgreSQL database; an SQLite file must have no running server.
 ///
-/// # Errors
-/// When the store does not open or is new, `--lost` names no root key, or the new token cannot be written. What was
-/// revoked stays so; the same call finishes.
-pub async fn reset_root_key(
+/// Fails if the store does not open or is new, `--lost` names no root key, or the new token cannot be written. Revocations
+/// made before the error stay, and repeating the call finishes the reset.
+pub(crate) async fn reset_root_key(
     settings: &ServerSettings,
     args: &RootKeyArgs,
     clock: Arc<dyn Clock>,
     entropy: &dyn EntropySource,
 ) -> anyhow::Result<RootKeyReset> {
     let store = store::open_existing(&settings.database).await?;
-    let place = ReplicationRuntime::new(&store, Arc::default(), clock.clone());
-    let resetting = RootKeyResetter { store: &*store, clock: &*clock, replication: place };
-    let done = resetting.run(settings, args, entropy).await;
+    let replication = ReplicationRuntime::new(&store, Arc::default(), clock.clone());
+    let resetter = RootKeyResetter { store: &*store, clock: &*clock, replication };
+    let done = resetter.run(settings, args, entropy).await;
     store.close().await;
     done
 }
@@ -126,17 +122,17 @@ impl RootKeyResetter<'_> {
         roots.sort();
         let Some(newest) = roots.pop() else {
             bail!(
-                "this database is new and has no root key yet; 'keyward serve' makes one at its first start"
+                "this database is new and has no root key yet; 'keyward serve' creates one at its first start"
             );
         };
         let lost = args.lost.unwrap_or(newest);
         if lost != newest && !roots.contains(&lost) {
-            let known: Vec<_> = roots.iter().chain([&newest]).map(KeyId::to_string).collect();
-            bail!("--lost {lost} is no root key of this database; its root keys are {}", known.join(", "));
+            let root_ids: Vec<_> = roots.iter().chain([&newest]).map(KeyId::to_string).collect();
+            bail!("--lost {lost} is no root key of this database; its root keys are {}", root_ids.join(", "));
         }
         if let Some(file) = &settings.root_key_file {
-            // A file that cannot be created must show before anything is revoked.
-            RootKeyFile(Some(PendingTokenFile::create(file)?)).discard();
+            // Find out before anything is revoked.
+            RootKeyFile::check_creatable(file)?;
         }
         self.revoke_root_keys(None).await?;
         let revoked = args.revoke_descendants;
@@ -149,7 +145,7 @@ impl RootKeyResetter<'_> {
         };
         let changes = self.find_rights_changes(lost, &family).await?;
         let (new, token) = self.create_root_key(settings, entropy).await?;
-        // From here on nothing may keep the token from its reader.
+        // From here on, no error may hide the token from the user.
         let unconfirmed =
             self.confirm_revocations(new).await.unwrap_or_else(|error| Some(format!("{error:#}")));
         let earlier = roots.into_iter().filter(|root| *root != lost).collect();
@@ -164,45 +160,49 @@ impl RootKeyResetter<'_> {
         })
     }
 
-    /// Creates and records the new root key. Gives its id, and its token unless that went to a file.
+    /// Creates and records the new root key. Returns its id, and its token unless that went to a file.
     async fn create_root_key(
         &self,
         settings: &ServerSettings,
         entropy: &dyn EntropySource,
     ) -> anyhow::Result<(Option<KeyId>, Option<Token>)> {
         let mut root = keys::root_key::create_root_key(self.clock, entropy, &settings.key_settings, METHOD)?;
-        let kept = RootKeyFile::write(settings.root_key_file.as_deref(), &root.token)?;
+        let token_file = RootKeyFile::write(settings.root_key_file.as_deref(), &root.token)?;
         loop {
             let write = std::slice::from_ref(&root.write);
-            let committed =
-                self.store.commit(write).await.inspect_err(|error| kept.discard_unless_recorded(error))?;
+            let committed = self
+                .store
+                .commit(write)
+                .await
+                .inspect_err(|error| token_file.discard_unless_recorded(error))?;
             match committed.outcomes.first() {
                 Some(Ok(_)) => break,
-                // Another key of the operator account is called "root".
+                // Another key of the operator account has the name "root".
                 Some(Err(WriteRejection::NameTaken)) if root.clear_name() => {}
                 other => {
-                    kept.discard();
+                    token_file.discard();
                     bail!("the root key was not recorded: {other:?}; run the command again");
                 }
             }
         }
-        kept.commit()?;
+        token_file.commit()?;
         let token = settings.root_key_file.is_none().then_some(root.token);
         Ok((root.write.change.key_id(), token))
     }
 
-    /// Revokes all older root keys, and waits until every replica refuses them. Returns the reason if that is not confirmed.
+    /// Revokes all older root keys, and waits until every replica denies them. Returns the reason if that is not
+    /// confirmed.
     async fn confirm_revocations(&self, new: Option<KeyId>) -> anyhow::Result<Option<String>> {
-        // Of two resets that ran side by side, the newest root key stays.
+        // Of two concurrent resets, the newest root key stays.
         self.revoke_root_keys(new).await?;
         Ok(self.wait_until_in_force().await?.err().map(describe_incomplete))
     }
 
-    /// Every root key, revoked ones included.
+    /// All root keys, including revoked ones.
     async fn root_keys(&self) -> anyhow::Result<Vec<ApiKey>> {
         let mut roots = Vec::new();
         self.for_each_key(OwnerFilter::Account(AccountId::operator()), |key| {
-            // Whatever it is called by now: nothing else is made by the system.
+            // Its name may have changed, but the system creates no other keys.
             if key.created_by == Actor::SYSTEM.to_string() {
                 roots.push(key);
             }
@@ -211,7 +211,7 @@ impl RootKeyResetter<'_> {
         Ok(roots)
     }
 
-    /// Revokes every root key, or those that are older than one.
+    /// Revokes every root key, or only those older than one.
     async fn revoke_root_keys(&self, older_than: Option<KeyId>) -> anyhow::Result<()> {
         loop {
             let roots = self.root_keys().await?;
@@ -220,19 +220,19 @@ impl RootKeyResetter<'_> {
             let comment = "replaced by root-key reset";
             let batch: Vec<_> =
                 living.map(|key| self.build_revocation(key, RevokeReason::Superseded, comment)).collect();
-            // A running server may change one meanwhile.
+            // A running server may change a key concurrently.
             if batch.is_empty() || self.store.commit(&batch).await?.outcomes.iter().all(Result::is_ok) {
                 return Ok(());
             }
         }
     }
 
-    /// The descendants of a key, revoked ones included.
+    /// All descendants of a key, including revoked ones.
     async fn find_descendants(&self, lost: KeyId) -> anyhow::Result<HashMap<KeyId, LineageLink>> {
         Ok(find_descendants(&[lost], &self.load_links().await?))
     }
 
-    /// Revokes the descendants of a key until none is left. Gives all of them, and those that it has revoked.
+    /// Revokes the descendants of a key until none is left. Returns all of them, and those that it revoked.
     async fn revoke_descendants(
         &self,
         lost: KeyId,
@@ -250,21 +250,21 @@ impl RootKeyResetter<'_> {
                 let keys = self.load_unrevoked_keys(&ids).await?;
                 let batch: Vec<_> =
                     keys.map(|key| self.build_revocation(key, RevokeReason::Compromised, &comment)).collect();
-                // A key that a running server changes meanwhile is found again in the next round.
+                // A key that a running server changes concurrently is found again in the next round.
                 self.store.commit(&batch).await?;
             }
             revoked.extend(living.into_iter().map(|found| (found.link.child, found)));
-            // From then on these create nothing. If that is not certain, the report of the reset has the reason.
+            // From then on the revoked keys create nothing. If that is not certain, the report has the reason.
             let _ = self.wait_until_in_force().await?;
         }
         bail!(
-            "{} descendants of the root key {lost} are revoked, and others are created all the time: stop the servers, \
+            "{} descendants of the root key {lost} are revoked, but new ones keep appearing: stop the servers, \
              then run the command again",
             revoked.len()
         )
     }
 
-    /// Every creation and every rotation of a key by a key.
+    /// All creations and rotations of a key by another key.
     async fn load_links(&self) -> anyhow::Result<Vec<LineageLink>> {
         let mut links = Vec::new();
         for owner in [OwnerFilter::ExceptOperator, OwnerFilter::Account(AccountId::operator())] {
@@ -284,14 +284,14 @@ impl RootKeyResetter<'_> {
             let by = KeyId::parse(&row.actor).ok();
             let link =
                 |(child, by)| LineageLink { child, parent: by, kind: LineageLinkKind::Rotated, at: row.at };
-            // A key that rotates itself gets no new ancestor.
+            // A key that rotates itself has no new ancestor.
             links.extend(row.key_id.zip(by).filter(|(child, by)| child != by).map(link));
         })
         .await?;
         Ok(links)
     }
 
-    /// Those that are not revoked.
+    /// The members of a family that are not revoked.
     async fn find_unrevoked(
         &self,
         family: &HashMap<KeyId, LineageLink>,
@@ -322,7 +322,7 @@ impl RootKeyResetter<'_> {
         Ok(keys.filter(|key| key.revocation.is_none()))
     }
 
-    /// What the lost key and its descendants have given to others than each other.
+    /// The rights that the lost key and its descendants have granted to keys outside of the family.
     async fn find_rights_changes(
         &self,
         lost: KeyId,
@@ -397,7 +397,7 @@ impl RootKeyResetter<'_> {
         )
     }
 
-    /// Waits until no running replica can allow what was revoked so far, or gives the reason why that is not known.
+    /// Waits until no running replica can allow a revoked key. Returns the reason if that is not confirmed.
     async fn wait_until_in_force(&self) -> anyhow::Result<Result<(), PropagationError>> {
         let revision = self.store.log_head().await?.revision;
         Ok(self.replication.propagation.wait(revision, false, None).await.map(drop))
@@ -417,7 +417,7 @@ fn describe_incomplete(incomplete: PropagationError) -> String {
     }
 }
 
-/// The role that an entry is about, or that it gives to a member.
+/// The role that an entry changes, or assigns to a member.
 fn affected_role(entry: &LogEntry) -> Option<String> {
     match serde_json::from_str(&entry.payload).ok()? {
         RecordChange::Role(role) | RecordChange::RoleDeleted(role) => Some(role.name.to_string()),

@@ -34,7 +34,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use tokio::time::Instant;
 
-pub use bulk::BulkReader;
+pub use bulk::{BulkReader, RowFault};
 pub use open::{
     MigrationStep, OpenError, SchemaPolicy, backup, check_reachable, check_url, migrate, open, open_existing,
     open_with_schema, open_without_wal, sqlite_file,

@@ -13,7 +13,7 @@ use std::{
 use rusqlite::{CachedStatement, Connection, ErrorCode, OpenFlags, config::DbConfig};
 use tokio::{sync::oneshot, task::spawn_blocking};
 
-use crate::store::{StoreError, row_format::damaged_error};
+use crate::store::{StoreError, row_decoding::unreadable_column, row_format::damaged_error};
 
 /// How many statements the connection keeps prepared: all that write or ask what is to be written.
 const STATEMENT_CACHE_SIZE: usize = 64;
@@ -52,7 +52,7 @@ impl From<StoreError> for SqliteFailure {
 /// A column that cannot be read as what it should be.
 impl From<sqlx::Error> for SqliteFailure {
     fn from(error: sqlx::Error) -> Self {
-        SqliteFailure::Store(StoreError::Unavailable(error.into()))
+        SqliteFailure::Store(unreadable_column(error))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The secrets of all keys in a range of ids, read in one scan of their table. The table is in the order of digests, which
 //! are random: to look up one key's secrets reads a page of its own, and a scan reads each page once for all keys.
 
-use std::{cmp::Reverse, ops::Range};
+use std::{cmp::Reverse, collections::HashSet, ops::Range};
 
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
@@ -37,6 +37,9 @@ impl CompactSecret {
     }
 }
 
+/// How many keys with an unreadable secret are remembered. If there are more, each key of the range is looked up.
+const MAX_UNREADABLE_KEYS: usize = 4096;
+
 /// Secrets of the keys with an id in a range.
 #[derive(Debug, Default)]
 pub(super) struct SecretRange {
@@ -44,6 +47,8 @@ pub(super) struct SecretRange {
     /// In the order of their keys, and of a key's the newest first.
     secrets: Vec<CompactSecret>,
     hints: String,
+    /// Keys with a secret that is left out, because it cannot be read or contradicts itself.
+    unreadable_keys: HashSet<KeyIdNumber>,
     /// Where the secrets of the key before ended: keys are asked for in order.
     next: usize,
 }
@@ -58,7 +63,8 @@ impl SecretRange {
     /// itself is left out.
     pub(super) fn read(connection: &Connection, first: KeyIdNumber, most: u64) -> SqliteResult<SecretRange> {
         let first = first.to_be_bytes();
-        let index = "SELECT key_id FROM secrets WHERE key_id >= ?1 ORDER BY key_id LIMIT 1 OFFSET ?2";
+        let index = "SELECT key_id FROM secrets WHERE key_id >= ?1 AND length(key_id) = 16 \
+                     ORDER BY key_id LIMIT 1 OFFSET ?2";
         let offset = i64::try_from(most).unwrap_or(i64::MAX);
         let end: Option<[u8; 16]> =
             connection.query_row(index, params![first, offset], |row| row.get(0)).optional()?;
@@ -71,8 +77,13 @@ impl SecretRange {
         let mut statement = connection.prepare(&scan())?;
         let mut rows = statement.query([first, end.to_be_bytes()])?;
         while let Some(row) = rows.next()? {
-            // Its key is looked up by itself then, which says what is wrong.
-            let _ = range.add(row);
+            // A key id that is not 16 bytes belongs to no key: `find_row_faults` finds it.
+            if range.add(row).is_err()
+                && range.unreadable_keys.len() < MAX_UNREADABLE_KEYS
+                && let Ok(key_id) = fixed_bytes(row, 0)
+            {
+                range.unreadable_keys.insert(KeyIdNumber::from_be_bytes(key_id));
+            }
         }
         range.secrets.sort_unstable_by_key(|secret| (secret.key_id, Reverse(secret.version)));
         Ok(range)
@@ -96,6 +107,12 @@ impl SecretRange {
             hint_length,
         });
         Ok(())
+    }
+
+    /// Whether a key may have a secret that is left out: a look at the key itself finds what is wrong.
+    pub(super) fn has_unreadable_secret(&self, id: KeyIdNumber) -> bool {
+        self.unreadable_keys.contains(&id)
+            || self.unreadable_keys.len() >= MAX_UNREADABLE_KEYS && self.ids.contains(&id)
     }
 
     /// The first id after the range.
@@ -216,6 +233,7 @@ mod tests {
         connection.execute("UPDATE secrets SET hint = 'x' WHERE key_id = ?1", [key_id(1)]).unwrap();
         let mut range = SecretRange::read(&connection, 0, 100).unwrap();
         assert_eq!(range.of(1), []);
+        assert_eq!([0, 1, 2].map(|id| range.has_unreadable_secret(id)), [false, true, false]);
         assert_eq!((range.of(0), range.of(2)), (secrets(0, 1), secrets(2, 1)));
     }
 

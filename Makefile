@@ -7,8 +7,8 @@ SHELL := bash
 # The pinned tools come before the system's; the tests find grpcurl, envoy and nginx so too.
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 
-# $(call run,command): names a step, then takes it.
-run = @printf '==> %s\n' '$(1)'; $(1)
+# $(call run,command): names a step, takes it, and prints how long it took.
+run = @printf '==> %s\n' '$(1)'; begin=$$EPOCHSECONDS; $(1); printf '    %d s\n' $$((EPOCHSECONDS - begin)) >&2
 
 .PHONY: help
 help: ## Print the targets
@@ -25,10 +25,18 @@ fmt-check: ## Check the format of the Rust code
 	$(call run,cargo fmt --check)
 
 .PHONY: buf
-buf: ## Check the protos: lint and format
+buf: ## Check the protos: lint, format, and that no client of the committed contract breaks
 	@tools/install buf
 	$(call run,buf lint)
 	$(call run,buf format proto --diff --exit-code)
+	$(call run,buf breaking --against $(CONTRACT))
+
+# A release renews it, so that what it added is promised too. A change that breaks it shows in review as a change of this file.
+CONTRACT := tests/contract/keyward-v1.binpb
+.PHONY: contract
+contract: ## Commit to the protos as they are: tests/contract/keyward-v1.binpb
+	@tools/install buf
+	$(call run,buf build --exclude-source-info --path proto/keyward/v1 --output $(CONTRACT))
 
 .PHONY: lint
 lint: ## Run clippy

@@ -152,7 +152,25 @@ impl TableComparison {
         Ok(())
     }
 
+    /// Compares a record with the newest entry about it. One that cannot be read differs from it.
     async fn compare_record(
+        &mut self,
+        store: &dyn Store,
+        name: String,
+        revision: Revision,
+        change: &RecordChange,
+        keys: &HashMap<KeyId, Option<StoredKey>>,
+    ) -> Result<(), StoreError> {
+        match self.compare_readable_record(store, name.clone(), revision, change, keys).await {
+            Err(StoreError::Damaged(what)) => {
+                self.add_mismatch(name, revision, what);
+                Ok(())
+            }
+            compared => compared,
+        }
+    }
+
+    async fn compare_readable_record(
         &mut self,
         store: &dyn Store,
         name: String,
@@ -212,31 +230,47 @@ impl TableComparison {
         reader: &mut dyn BulkReader,
         archived: Revision,
     ) -> Result<(), StoreError> {
-        match self.find_planted_in_tables(store, reader, archived).await {
-            Err(StoreError::Damaged(what)) => {
-                self.add_mismatch("a row of the tables".to_owned(), Revision(0), what);
-                Ok(())
-            }
-            ended => ended,
+        let found = self.find_row_faults(reader).await;
+        self.note_damage(found)?;
+        let found = self.find_planted_keys(store, reader, archived).await;
+        self.note_damage(found)?;
+        let found = self.find_planted_in_tables(store, archived).await;
+        self.note_damage(found)
+    }
+
+    /// Turns a row that cannot be read into a mismatch, unless one with the same problem is known already.
+    fn note_damage(&mut self, found: Result<(), StoreError>) -> Result<(), StoreError> {
+        let Err(StoreError::Damaged(what)) = found else { return found };
+        if self.mismatches.values().all(|known| known.problem != what) {
+            self.add_mismatch("a row of the tables".to_owned(), Revision(0), what);
         }
+        Ok(())
+    }
+
+    async fn find_row_faults(&mut self, reader: &mut dyn BulkReader) -> Result<(), StoreError> {
+        for fault in reader.find_row_faults(MAX_MISMATCHES as u32).await? {
+            self.add_mismatch(fault.record, Revision(0), fault.problem.to_owned());
+        }
+        Ok(())
     }
 
     async fn find_planted_in_tables(
         &mut self,
         store: &dyn Store,
-        reader: &mut dyn BulkReader,
         archived: Revision,
     ) -> Result<(), StoreError> {
-        self.find_planted_keys(store, reader, archived).await?;
-        self.check_roles_logged(store, archived, None).await?;
+        let checked = self.check_roles_logged(store, archived, None).await;
+        self.note_damage(checked)?;
         let mut after = None;
         loop {
             let page = store.list_accounts(after.as_ref(), PAGE).await?;
             let Some(last) = page.last() else { return Ok(()) };
             after = Some(last.id.clone());
             for account in &page {
-                self.check_roles_logged(store, archived, Some(&account.id)).await?;
-                self.check_members_logged(store, archived, &account.id).await?;
+                let checked = self.check_roles_logged(store, archived, Some(&account.id)).await;
+                self.note_damage(checked)?;
+                let checked = self.check_members_logged(store, archived, &account.id).await;
+                self.note_damage(checked)?;
             }
             let changes = page.into_iter().map(|account| RecordChange::Account(Arc::new(account)));
             self.check_logged(store, archived, changes).await?;

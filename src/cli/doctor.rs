@@ -21,7 +21,7 @@ use crate::{
     clock::SystemClock,
     config::{
         client::{ClientArgs, ClientSettings, OutputFormat},
-        file::ConfigFile,
+        file::{ConfigFile, read_text_up_to},
         server::ServeArgs,
     },
     doctor::{self, DoctorFinding, DoctorInput, DoctorReport, ServerEndpoint, Severity},
@@ -109,12 +109,7 @@ fn named(file: Option<&(String, String)>) -> Option<(&str, &str)> {
 fn read_proxy_config(path: &Path) -> Result<(String, String), CliError> {
     let name = shown_path(path);
     let unreadable = |error: std::io::Error| CliError::new(format!("cannot read {name}: {error}"));
-    let length = std::fs::metadata(path).map_err(unreadable)?.len();
-    if length > MAX_PROXY_CONFIG_BYTES {
-        let problem = format!("{name} has {length} bytes; the limit is {MAX_PROXY_CONFIG_BYTES}");
-        return Err(CliError::new(problem));
-    }
-    let text = std::fs::read_to_string(path).map_err(unreadable)?;
+    let text = read_text_up_to(path, MAX_PROXY_CONFIG_BYTES).map_err(unreadable)?;
     Ok((name, text))
 }
 

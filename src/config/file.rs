@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io::Read as _,
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -135,13 +136,29 @@ impl ConfigFile {
 }
 
 fn read_text(path: &Path) -> std::io::Result<String> {
-    let length = std::fs::metadata(path)?.len();
-    if length > MAX_FILE_BYTES {
+    read_text_up_to(path, MAX_FILE_BYTES)
+}
+
+/// The text of a file of at most `max_bytes`. The length of a device is 0, so that the read itself has the bound.
+///
+/// # Errors
+/// When the file cannot be read, has more bytes, or is not UTF-8.
+pub fn read_text_up_to(path: &Path, max_bytes: u64) -> std::io::Result<String> {
+    let file = std::fs::File::open(path)?;
+    let length = file.metadata()?.len();
+    if length > max_bytes {
+        return Err(std::io::Error::other(format!("it has {length} bytes; at most {max_bytes} are allowed")));
+    }
+    let mut text = Vec::new();
+    file.take(max_bytes + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > max_bytes {
         return Err(std::io::Error::other(format!(
-            "it has {length} bytes; at most {MAX_FILE_BYTES} are allowed"
+            "it has more than {max_bytes} bytes; at most {max_bytes} are allowed"
         )));
     }
-    std::fs::read_to_string(path)
+    String::from_utf8(text).map_err(|_| {
+        std::io::Error::new(std::io::ErrorKind::InvalidData, "stream did not contain valid UTF-8")
+    })
 }
 
 fn problem_at(text: &str, at: usize, problem: String) -> ConfigProblem {
@@ -335,6 +352,12 @@ mod tests {
         };
         problems.sort();
         problems.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_device_that_never_ends_is_read_up_to_the_bound() {
+        let problem = read_text_up_to(Path::new("/dev/zero"), 10).unwrap_err().to_string();
+        assert_eq!(problem, "it has more than 10 bytes; at most 10 are allowed");
     }
 
     #[test]

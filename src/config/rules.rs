@@ -7,7 +7,7 @@ use std::{fmt, path::Path};
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::toml_messages;
+use super::{file::read_text_up_to, toml_messages};
 use crate::domain::credential_mask::{mask_message, mask_value};
 use crate::domain::{
     account::EnvironmentSet,
@@ -121,12 +121,7 @@ pub(crate) fn parse_rules_file(
 /// # Errors
 /// If the file cannot be read, or is larger than [`MAX_RULES_FILE_BYTES`].
 pub(crate) fn read_rules_text(path: &Path) -> std::io::Result<String> {
-    let length = std::fs::metadata(path)?.len();
-    if length > MAX_RULES_FILE_BYTES {
-        let problem = format!("it has {length} bytes; at most {MAX_RULES_FILE_BYTES} are allowed");
-        return Err(std::io::Error::other(problem));
-    }
-    std::fs::read_to_string(path)
+    read_text_up_to(path, MAX_RULES_FILE_BYTES)
 }
 
 /// Parses the text of a file.

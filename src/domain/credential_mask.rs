@@ -17,10 +17,28 @@ const MIN_RANDOM_RUN: usize = 20;
 const MIN_RANDOM_TEXT: usize = 32;
 
 /// The names whose value is a secret, as a part of `name=value` or `name: value`.
-const SECRET_NAMES: [&str; 8] = ["password", "passwd", "pwd", "pass", "secret", "token", "api_key", "apikey"];
+const SECRET_NAMES: [&str; 11] = [
+    "password",
+    "passwd",
+    "pwd",
+    "passphrase",
+    "pass",
+    "secret",
+    "token",
+    "api_key",
+    "apikey",
+    "private_key",
+    "cookie",
+];
 
-/// Masks an invalid value for a message: logins in URLs, tokens, long random strings, and the text after `password=` or
-/// `Bearer `.
+/// Names that begin a scope, such as `token:read`: a colon alone makes no secret of what follows.
+const SCOPE_NAMES: [&str; 4] = ["secret", "token", "api_key", "apikey"];
+
+/// What stands between the name and the value of a secret.
+const SECRET_GAPS: [&str; 8] = ["=", ": ", " = ", "\":\"", "\": \"", "':'", "': '", ":"];
+
+/// Masks an invalid value for a message: logins in URLs, tokens, long random strings, and the text after `password=`,
+/// `Bearer ` or `Basic `.
 #[must_use]
 pub fn mask_value(value: &str) -> Cow<'_, str> {
     let login = mask_login(value);
@@ -139,11 +157,13 @@ fn secret_start(value: &str) -> Option<usize> {
     let named = SECRET_NAMES.iter().flat_map(|name| small.match_indices(name)).filter_map(|(at, name)| {
         let end = at + name.len();
         let rest = &small[end..];
-        let gap = ["=", ": ", " = "].into_iter().find(|gap| rest.starts_with(gap))?;
-        Some(end + gap.len())
+        let gap = SECRET_GAPS.into_iter().find(|gap| rest.starts_with(gap))?;
+        let is_scope = gap == ":" && SCOPE_NAMES.contains(&name);
+        (!is_scope).then_some(end + gap.len())
     });
-    let bearer = small.find("bearer ").map(|at| at + "bearer ".len());
-    named.chain(bearer).filter(|start| *start < value.len()).min()
+    let schemes = ["bearer ", "basic "].into_iter();
+    let schemes = schemes.filter_map(|scheme| small.find(scheme).map(|at| at + scheme.len()));
+    named.chain(schemes).filter(|start| *start < value.len()).min()
 }
 
 /// The runs of characters of base64 without `/`, which is the mark of a path, each with its place.
@@ -191,6 +211,13 @@ mod tests {
             ("redis:u:sesame@h", "redis:***"),
             ("host=h user=u password=sesame dbname=k", "host=h user=u password=***"),
             ("Authorization: Bearer sesame", "Authorization: Bearer ***"),
+            ("passphrase=x", "passphrase=***"),
+            ("password:x", "password:***"),
+            (r#"{"password":"x"}"#, r#"{"password":"***"#),
+            ("PGPASSWORD:x", "PGPASSWORD:***"),
+            ("Authorization: Basic dTpwYXNz", "Authorization: Basic ***"),
+            ("Cookie: a=b", "Cookie: ***"),
+            ("private_key=x", "private_key=***"),
             (random, "***"),
             (&format!("{random}-x_y=="), "***"),
             (&format!("/etc/{random}.pem"), "/etc/***.pem"),
@@ -276,7 +303,7 @@ mod tests {
         #[test]
         fn short_words_are_repeated(words in prop::collection::vec("[a-z]{1,12}|[0-9]{1,9}", 1..6), joint in "[ /.,]") {
             let text = words.join(&joint);
-            prop_assume!(!text.contains("bearer"));
+            prop_assume!(!text.contains("bearer") && !text.contains("basic"));
             prop_assert_eq!(mask_value(&text), &*text);
         }
     }

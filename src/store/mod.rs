@@ -38,7 +38,7 @@ mod usage_records;
 mod write_plan;
 mod write_request;
 
-pub use bulk::BulkReader;
+pub use bulk::{BulkReader, RowFault};
 pub use contract::Store;
 pub use error::{CommitError, OpenError, StoreError};
 pub use open::{

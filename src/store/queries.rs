@@ -282,6 +282,13 @@ pub(super) fn key_revisions<D: SqlDialect>(after: Option<KeyId>, limit: u32) -> 
     query.push_sql(" ORDER BY id LIMIT ").push_int(limit)
 }
 
+/// The key ids of secrets that belong to no key.
+pub(super) fn secrets_without_key<D: SqlDialect>(limit: u32) -> SqlQuery<D> {
+    let from = " FROM secrets s WHERE NOT EXISTS (SELECT 1 FROM keys k WHERE k.id = s.key_id) \
+                GROUP BY s.key_id ORDER BY s.key_id LIMIT ";
+    SqlQuery::select("s.key_id", from).push_int(limit)
+}
+
 /// The ids of a page, as a subquery: the limit applies before the join with secrets multiplies the rows.
 fn push_key_page<D: SqlDialect>(
     query: SqlQuery<D>,

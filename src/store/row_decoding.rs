@@ -110,7 +110,13 @@ pub(super) fn fixed_bytes<const N: usize>(row: &impl RowColumns, column: usize) 
 
 /// The error for a column of another type than expected.
 pub(super) fn unreadable_column(error: sqlx::Error) -> StoreError {
-    StoreError::Unavailable(error.into())
+    match error {
+        // The value itself is wrong: a second try finds the same.
+        sqlx::Error::Decode(problem) | sqlx::Error::ColumnDecode { source: problem, .. } => {
+            damaged_error("a row cannot be read", problem)
+        }
+        error => StoreError::Unavailable(error.into()),
+    }
 }
 
 /// Head and hash, in [`HEAD_COLUMNS`].

@@ -194,6 +194,61 @@ async fn a_key_whose_row_contradicts_itself_is_found_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_extra_secret_that_contradicts_itself_is_found() {
+    let (server, id) = populated_server().await;
+    for version in [0, 9] {
+        server.sql(&format!(
+            "DELETE FROM secrets WHERE sum = 0; INSERT INTO secrets (digest, key_id, version, hint, created_at, sum) \
+             SELECT (SELECT head_hash FROM meta), id, {version}, 'x', 7, 0 FROM keys WHERE name = 'CI'"
+        ));
+        let found = server.root_client().verify_audit_log().await;
+        let told: Vec<_> = found.mismatches.iter().map(|one| (&*one.record, &*one.problem)).collect();
+        assert!(!found.valid && told.len() == 1 && told[0].0 == format!("key {id}"), "{told:?}");
+        assert!(told[0].1.contains("checksum"), "{told:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_that_belongs_to_no_key_is_found() {
+    let (server, _) = populated_server().await;
+    let planted = |start: u8, length: u8| {
+        format!(
+            "INSERT INTO secrets (digest, key_id, version, hint, created_at, sum) \
+             SELECT substr(head_hash, {start}, 20), substr(head_hash, {start}, {length}), 1, 'x', 7, 0 FROM meta"
+        )
+    };
+    server.sql_without_foreign_key(&format!("{}; {}", planted(1, 16), planted(2, 5)));
+    let found = server.root_client().verify_audit_log().await;
+    let told: Vec<_> = found.mismatches.iter().map(|one| (&*one.record, &*one.problem)).collect();
+    assert!(!found.valid && told.len() == 2, "{told:?}");
+    assert!(
+        told.iter().all(|one| one.0.starts_with("secret of key ") && one.1.contains("no key")),
+        "{told:?}"
+    );
+    assert!(told.iter().any(|one| one.0.ends_with("(5 bytes instead of 16)")), "{told:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_role_account_or_member_is_a_mismatch_and_the_rest_is_verified() {
+    for (damage, record) in [
+        ("UPDATE roles SET scopes = 'x' WHERE name = 'agent'", "role agent of account acme"),
+        ("UPDATE accounts SET name = 'x' WHERE id = 'acme'", "account acme"),
+        ("UPDATE members SET role = 'x' WHERE user_id = 'ann'", "member ann of account acme"),
+    ] {
+        let (server, id) = populated_server().await;
+        server.sql(damage);
+        server.sql("UPDATE keys SET created_by = 'evil' WHERE name = 'CI'");
+        let found = server.root_client().verify_audit_log().await;
+        let told: Vec<_> = found.mismatches.iter().map(|one| (&*one.record, &*one.problem)).collect();
+        let records: Vec<_> = told.iter().map(|one| one.0.to_owned()).collect();
+        assert!(told.iter().all(|one| one.1.contains("checksum")), "{told:?}");
+        let mut expected = [record.to_owned(), format!("key {id}")];
+        expected.sort_unstable();
+        assert_eq!(records, expected, "{damage}: {told:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_head_that_is_known_from_elsewhere_is_held_against_the_chain() {
     let (server, _) = populated_server().await;
     let root = server.root_client();

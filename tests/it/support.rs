@@ -44,6 +44,8 @@ impl EntropySource for SeededEntropy {
 pub(crate) trait TestStorage {
     /// How many servers it can be shared by in a test of several.
     const REPLICAS: u64;
+    /// A statement that lets rows name keys that do not exist.
+    const DROP_FOREIGN_KEY: &str;
 
     fn create() -> Self;
     fn url(&self) -> String;
@@ -56,6 +58,7 @@ pub(crate) struct SqliteFile(tempfile::TempDir);
 
 impl TestStorage for SqliteFile {
     const REPLICAS: u64 = 1;
+    const DROP_FOREIGN_KEY: &str = "PRAGMA foreign_keys = OFF";
 
     fn create() -> Self {
         SqliteFile(tempfile::tempdir().unwrap())
@@ -74,6 +77,7 @@ impl TestStorage for SqliteFile {
 
 impl TestStorage for crate::postgres::PostgresDatabase {
     const REPLICAS: u64 = 2;
+    const DROP_FOREIGN_KEY: &str = "ALTER TABLE secrets DROP CONSTRAINT secrets_key_id_fkey";
 
     fn create() -> Self {
         crate::postgres::PostgresDatabase::new()
@@ -161,6 +165,11 @@ impl<P: TestStorage> TestServer<P> {
     /// Runs statements behind its back.
     pub(crate) fn sql(&self, sql: &str) {
         self.storage.sql(sql);
+    }
+
+    /// Runs statements behind its back, after which secrets may name keys that do not exist.
+    pub(crate) fn sql_without_foreign_key(&self, sql: &str) {
+        self.sql(&format!("{}; {sql}", P::DROP_FOREIGN_KEY));
     }
 
     /// The server itself.

@@ -6,10 +6,12 @@ use sqlx::Postgres as PgDatabase;
 use crate::{
     domain::{key::ApiKey, log::LogEntry, name::KeyId, time::Revision},
     store::{
-        BulkReader, StoreError,
+        BulkReader, RowFault, StoreError,
         parse_cache::KeyParseCache,
         queries::{self, SqlQuery},
-        row_decoding::{KeyAssembler, decode_key_revision, decode_log_entry},
+        row_decoding::{
+            KeyAssembler, RowColumns as _, decode_key_revision, decode_log_entry, unreadable_column,
+        },
     },
 };
 
@@ -81,5 +83,15 @@ impl BulkReader for PgBulkReader<'_> {
         };
         self.for_each_row(queries::key_revisions(after, limit), &mut take).await?;
         Ok(keys)
+    }
+
+    async fn find_row_faults(&mut self, limit: u32) -> Result<Vec<RowFault>, StoreError> {
+        let mut faults = Vec::new();
+        let mut take = |row: &CopyRow<'_>| {
+            faults.push(RowFault::secret_without_key(row.bytes(0).map_err(unreadable_column)?));
+            Ok(())
+        };
+        self.each(queries::secrets_without_key(limit), &mut take).await?;
+        Ok(faults)
     }
 }

@@ -3,7 +3,7 @@
 //! Keys are read by a scan of their table, since the ids of keys that were created together are close. If most of the
 //! log is read, their secrets come from a [`SecretRange`]; otherwise they are looked up.
 
-use std::mem;
+use std::{borrow::Cow, mem};
 
 use async_trait::async_trait;
 use rusqlite::{Connection, Row};
@@ -13,15 +13,16 @@ use crate::{
         key::{ApiKey, KeySecret},
         log::LogEntry,
         name::KeyId,
+        text,
         time::Revision,
     },
     store::{
-        BulkReader, StoreError,
+        BulkReader, RowFault, StoreError,
         parse_cache::KeyParseCache,
         queries,
         row_decoding::{
-            KEY_COLUMNS, count_record_secrets, decode_key_revision, decode_key_row, decode_secret,
-            fixed_bytes, whole_key,
+            KEY_COLUMNS, RowColumns as _, count_record_secrets, decode_key_revision, decode_key_row,
+            decode_secret, fixed_bytes, whole_key,
         },
         secret_join::{KeyIdNumber, SECRET_ROW_COLUMNS},
     },
@@ -85,6 +86,48 @@ impl BulkReader for SqliteBulkReader<'_> {
         };
         self.readers.run_on_connection(work).await
     }
+
+    async fn find_row_faults(&mut self, limit: u32) -> std::result::Result<Vec<RowFault>, StoreError> {
+        let work = move |connection: &Connection| {
+            let mut faults = find_secrets_without_key(connection, limit)?;
+            faults.extend(find_wrong_normalized_names(connection, limit)?);
+            Ok(faults)
+        };
+        self.readers.run_on_connection(work).await
+    }
+}
+
+fn find_secrets_without_key(connection: &Connection, limit: u32) -> SqliteResult<Vec<RowFault>> {
+    let (sql, bound) = queries::secrets_without_key::<sqlx::Sqlite>(limit).into_parts();
+    let mut statement = connection.prepare(&sql)?;
+    let mut rows = statement.query(rusqlite::params_from_iter(&bound))?;
+    let mut faults = Vec::new();
+    while let Some(row) = rows.next()? {
+        faults.push(RowFault::secret_without_key(row.bytes(0)?));
+    }
+    Ok(faults)
+}
+
+/// Compares `name_nfc`, which no checksum covers, with the name. PostgreSQL computes it in an index.
+fn find_wrong_normalized_names(connection: &Connection, limit: u32) -> SqliteResult<Vec<RowFault>> {
+    // What is ASCII is normalized.
+    let sql =
+        "SELECT id, name, name_nfc FROM keys WHERE name_nfc IS NOT NULL OR name GLOB '*[^ -~]*' ORDER BY id";
+    let mut statement = connection.prepare(sql)?;
+    let mut rows = statement.query([])?;
+    let mut faults = Vec::new();
+    while let Some(row) = rows.next()? {
+        let normalized = row.text_opt(1)?.map(text::normalize_nfc);
+        let expected = normalized.as_ref().filter(|name| matches!(name, Cow::Owned(_)));
+        if expected.map(Cow::as_ref) == row.text_opt(2)? {
+            continue;
+        }
+        faults.push(RowFault::wrong_normalized_name(row.bytes(0)?));
+        if faults.len() >= limit as usize {
+            break;
+        }
+    }
+    Ok(faults)
 }
 
 /// The state between pages.
@@ -157,8 +200,9 @@ impl BulkState {
     fn key(&mut self, connection: &Connection, row: &Row<'_>) -> SqliteResult<ApiKey> {
         let (row, sum) = decode_key_row(row)?;
         let (id, row) = (row.id, row.verify_checksum(sum)?);
-        let mut secrets = self.secrets.get(KeyIdNumber::from_be_bytes(id));
-        if count_record_secrets(&id, &secrets).is_err() {
+        let number = KeyIdNumber::from_be_bytes(id);
+        let mut secrets = self.secrets.get(number);
+        if self.secrets.has_unreadable_secret(number) || count_record_secrets(&id, &secrets).is_err() {
             secrets = lookup_secrets(connection, &id)?;
         }
         Ok(whole_key(&row, secrets, &mut self.parse_cache)?)
@@ -175,4 +219,40 @@ fn lookup_secrets(connection: &Connection, key_id: &[u8; 16]) -> SqliteResult<Ve
         secrets.push(decode_secret(row, key_id, 1, true)?);
     }
     Ok(secrets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(rows: &str) -> Connection {
+        let connection = Connection::open_in_memory().unwrap();
+        connection
+            .execute_batch("CREATE TABLE keys (id BLOB, name TEXT, name_nfc TEXT, revision INTEGER)")
+            .unwrap();
+        connection.execute_batch(&format!("INSERT INTO keys VALUES {rows}")).unwrap();
+        connection
+    }
+
+    #[test]
+    fn a_normalized_name_that_is_not_the_one_of_its_name_is_found() {
+        let right = "(zeroblob(16), 'e\u{301}', '\u{e9}', 1), (zeroblob(16), '\u{e9}', NULL, 1), \
+                     (zeroblob(16), 'a', NULL, 1), (zeroblob(16), NULL, NULL, 1)";
+        assert_eq!(find_wrong_normalized_names(&table(right), 9).unwrap(), []);
+        let wrong = "(zeroblob(16), 'e\u{301}', 'x', 1), (zeroblob(16), 'e\u{301}', NULL, 1), \
+                     (zeroblob(16), 'a', 'b', 1), (zeroblob(16), NULL, 'b', 1)";
+        let faults = find_wrong_normalized_names(&table(wrong), 9).unwrap();
+        assert!(faults.len() == 4 && faults[0].record.starts_with("key 0000"), "{faults:?}");
+        assert_eq!(find_wrong_normalized_names(&table(wrong), 2).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_key_id_that_is_not_16_bytes_is_damage() {
+        let connection = table("(zeroblob(5), NULL, NULL, 1)");
+        let read = connection
+            .query_row("SELECT id, revision FROM keys", [], |row| Ok(decode_key_revision(row)))
+            .unwrap();
+        let message = read.unwrap_err().to_string();
+        assert!(message.contains("not 16 bytes") && message.contains("backup"), "{message}");
+    }
 }

@@ -15,7 +15,7 @@ use std::{
 use rusqlite::{CachedStatement, Connection, ErrorCode, OpenFlags, config::DbConfig};
 use tokio::{sync::oneshot, task::spawn_blocking};
 
-use crate::store::{StoreError, row_format::damaged_error};
+use crate::store::{StoreError, row_decoding::unreadable_column, row_format::damaged_error};
 
 /// The number of cached prepared statements: more than there are in `write.rs` and `pre_state.rs`.
 const STATEMENT_CACHE_SIZE: usize = 64;
@@ -55,7 +55,7 @@ impl From<StoreError> for SqliteFailure {
 /// A column of another type than expected.
 impl From<sqlx::Error> for SqliteFailure {
     fn from(error: sqlx::Error) -> Self {
-        SqliteFailure::Store(StoreError::Unavailable(error.into()))
+        SqliteFailure::Store(unreadable_column(error))
     }
 }
 

@@ -3,7 +3,7 @@
 //! The table is ordered by digest, which is random. So looking up one key's secrets reads a separate page, and a scan
 //! reads each page once for all keys.
 
-use std::{cmp::Reverse, ops::Range};
+use std::{cmp::Reverse, collections::HashSet, ops::Range};
 
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
@@ -39,6 +39,9 @@ impl CompactSecret {
     }
 }
 
+/// How many keys with an unreadable secret are remembered. If there are more, each key of the range is looked up.
+const MAX_UNREADABLE_KEYS: usize = 4096;
+
 /// The secrets of keys whose ids are in a range.
 #[derive(Debug, Default)]
 pub(super) struct SecretRange {
@@ -46,6 +49,8 @@ pub(super) struct SecretRange {
     /// Sorted by key, and the secrets of a key from the newest to the oldest.
     secrets: Vec<CompactSecret>,
     hints: String,
+    /// Keys with a secret that is left out, because it cannot be read or contradicts itself.
+    unreadable_keys: HashSet<KeyIdNumber>,
     /// The end of the previous key's secrets: keys are requested in order.
     next: usize,
 }
@@ -60,7 +65,8 @@ impl SecretRange {
     /// Reads at most `limit` secrets of the keys from `first` on. Rows that are unreadable or damaged are left out.
     pub(super) fn read(connection: &Connection, first: KeyIdNumber, limit: u64) -> SqliteResult<SecretRange> {
         let first = first.to_be_bytes();
-        let index = "SELECT key_id FROM secrets WHERE key_id >= ?1 ORDER BY key_id LIMIT 1 OFFSET ?2";
+        let index = "SELECT key_id FROM secrets WHERE key_id >= ?1 AND length(key_id) = 16 \
+                     ORDER BY key_id LIMIT 1 OFFSET ?2";
         let offset = i64::try_from(limit).unwrap_or(i64::MAX);
         let end: Option<[u8; 16]> =
             connection.query_row(index, params![first, offset], |row| row.get(0)).optional()?;
@@ -73,8 +79,13 @@ impl SecretRange {
         let mut statement = connection.prepare(&scan())?;
         let mut rows = statement.query([first, end.to_be_bytes()])?;
         while let Some(row) = rows.next()? {
-            // The key is looked up separately then, which reports the damage.
-            let _ = range.add(row);
+            // A key id that is not 16 bytes belongs to no key: `find_row_faults` finds it.
+            if range.add(row).is_err()
+                && range.unreadable_keys.len() < MAX_UNREADABLE_KEYS
+                && let Ok(key_id) = fixed_bytes(row, 0)
+            {
+                range.unreadable_keys.insert(KeyIdNumber::from_be_bytes(key_id));
+            }
         }
         range.secrets.sort_unstable_by_key(|secret| (secret.key_id, Reverse(secret.version)));
         Ok(range)
@@ -98,6 +109,12 @@ impl SecretRange {
             hint_length,
         });
         Ok(())
+    }
+
+    /// Whether a key may have a secret that is left out: a look at the key itself finds what is wrong.
+    pub(super) fn has_unreadable_secret(&self, id: KeyIdNumber) -> bool {
+        self.unreadable_keys.contains(&id)
+            || self.unreadable_keys.len() >= MAX_UNREADABLE_KEYS && self.ids.contains(&id)
     }
 
     /// The first id after the range.
@@ -218,6 +235,7 @@ mod tests {
         connection.execute("UPDATE secrets SET hint = 'x' WHERE key_id = ?1", [key_id(1)]).unwrap();
         let mut range = SecretRange::read(&connection, 0, 100).unwrap();
         assert_eq!(range.get(1), []);
+        assert_eq!([0, 1, 2].map(|id| range.has_unreadable_secret(id)), [false, true, false]);
         assert_eq!((range.get(0), range.get(2)), (secrets(0, 1), secrets(2, 1)));
     }
 

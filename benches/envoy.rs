@@ -1,8 +1,8 @@
 //! What a check costs a request through Envoy: requests per second and latency without ext_authz, with a stub that
 //! answers every check with the same bytes, and with Keyward; turn about, so that a noisy machine is noisy for all.
 //!
-//! `cargo bench --bench start_envoy -- [SECONDS]`, of each round of each way: 3 unless said. It needs `start_envoy` and `wrk`
-//! (`tools/install start_envoy wrk`) on the PATH. Read ratios, not rates.
+//! `cargo bench --bench envoy -- [SECONDS]`, of each round of each way: 3 unless said. It needs `envoy` and `wrk`
+//! (`tools/install envoy wrk`) on the PATH. Read ratios, not rates.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,7 +1,7 @@
-//! The goals of `docs/performance.md` that `keyward run_bench` measures, each told as met or missed. Ratios are medians of
+//! The goals of `docs/performance.md` that `keyward bench` measures, each told as met or missed. Ratios are medians of
 //! alternating rounds in one run; read them, and not the rates, from machine to machine.
 //!
-//! `cargo run_bench --run_bench goals -- [checks|observed|items|creates|tokens|overload]`: all unless said. `make run_bench` measures every goal.
+//! `cargo bench --bench goals -- [checks|observed|items|creates|tokens|overload]`: all unless said. `make bench` measures every goal.
 //!
 //! Not here: what other programs measure (`many_keys`, `cold_start`, `replicas`, `envoy`).
 
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     if std::env::args().any(|word| word == "bench-baseline") {
         return keyward::cli::main();
     }
-    // Cargo says `--run_bench` to every benchmark.
+    // Cargo says `--bench` to every benchmark.
     let part = std::env::args().skip(1).find(|word| !word.starts_with("--"));
     let parts: [(&str, fn()); 6] = [
         ("checks", checks),

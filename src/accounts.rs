@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// The use cases of accounts.
-pub struct AccountOperations {
+pub(crate) struct AccountOperations {
     store: Arc<dyn Store>,
     commit_handle: CommitHandle,
     engine: Arc<Engine>,

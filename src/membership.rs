@@ -47,7 +47,7 @@ pub(crate) struct MembershipEnd {
 }
 
 /// The use cases of roles and members.
-pub struct MembershipOperations {
+pub(crate) struct MembershipOperations {
     store: Arc<dyn Store>,
     commit_handle: CommitHandle,
     engine: Arc<Engine>,

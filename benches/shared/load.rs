@@ -1,4 +1,4 @@
-//! `keyward run_bench` as a process, and what it says.
+//! `keyward bench` as a process, and what it says.
 
 #![allow(dead_code, reason = "each benchmark uses its part")]
 
@@ -17,7 +17,7 @@ pub(crate) const ONE_CORE: [&str; 5] = ["--one-core", "--connections", "4", "--i
 /// The server on both cores beside its load.
 pub(crate) const BOTH_CORES: [&str; 4] = ["--connections", "16", "--in-flight", "16"];
 
-/// What `keyward run_bench` says of one load.
+/// What `keyward bench` says of one load.
 pub(crate) struct BenchFigures(Value);
 
 /// Runs a load that must succeed: every answer was right.

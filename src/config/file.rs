@@ -143,7 +143,7 @@ fn read_text(path: &Path) -> std::io::Result<String> {
 ///
 /// # Errors
 /// When the file cannot be read, has more bytes, or is not UTF-8.
-pub fn read_text_up_to(path: &Path, max_bytes: u64) -> std::io::Result<String> {
+pub(crate) fn read_text_up_to(path: &Path, max_bytes: u64) -> std::io::Result<String> {
     let file = std::fs::File::open(path)?;
     let length = file.metadata()?.len();
     if length > max_bytes {

@@ -3,7 +3,7 @@
 //! Nothing here queries a database, and only `limiter` waits: a Check of a key without limits completes at its first
 //! poll. Authentication of the RPC and the wire format are in `grpc`.
 //!
-//! A Check runs `parse → digest → look up → decide_locally → consume from the limits → record the use → answer`. The
+//! A Check runs `parse → digest → look up → decide → consume from the limits → record the use → answer`. The
 //! checksum of an unknown token is verified after the look-up, since imported tokens have checksums of other systems.
 //! The index applies log entries in revision order; uses are written behind.
 

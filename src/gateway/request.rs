@@ -212,7 +212,7 @@ impl<'a> ProxyRequest<'a> {
     }
 }
 
-/// `name=value&…` as forms and queries write it (`application/x-www-parse_form-urlencoded`).
+/// `name=value&…` as forms and queries write it (`application/x-www-form-urlencoded`).
 pub(crate) fn parse_form(text: &[u8]) -> impl Iterator<Item = (Cow<'_, str>, Cow<'_, str>)> {
     let decode = |part: &[u8]| -> String {
         let spaced: Vec<u8> = part.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();

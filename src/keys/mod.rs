@@ -96,7 +96,7 @@ pub(crate) struct IssuedKey {
 }
 
 /// The use cases of API keys.
-pub struct KeyOperations {
+pub(crate) struct KeyOperations {
     store: Arc<dyn Store>,
     commit_handle: CommitHandle,
     engine: Arc<Engine>,

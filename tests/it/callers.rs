@@ -141,7 +141,7 @@ async fn every_rpc_is_served() {
     }
 }
 
-/// Calls every RPC that takes an id, an account or a token, as if of `create_account` with this key and role.
+/// Calls every RPC that takes an id, an account or a token, as if of `account` with this key and role.
 async fn probe(caller: &Client, account: &str, key: &str, token: &str, user: &str) -> Vec<(String, Status)> {
     let id = || key.to_owned();
     let account = || account.to_owned();

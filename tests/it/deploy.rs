@@ -1,5 +1,5 @@
 //! What `deploy/` and its documents say of the program, held against the program: metrics, alerts and their runbooks,
-//! settings, the compose file. Its Envoy file runs in `walk`. What needs no program is `tools/check_token-deploy`'s.
+//! settings, the compose file. Its Envoy file runs in `walk`. What needs no program is `tools/check-deploy`'s.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

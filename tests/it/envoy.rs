@@ -42,7 +42,7 @@ pub(crate) fn port_placeholder(number: u16) -> String {
     format!("port_value: {number} }}")
 }
 
-/// `deploy/envoy/minimal_config.yaml` with the ports of a test.
+/// `deploy/envoy/minimal.yaml` with the ports of a test.
 pub(crate) fn minimal_config(keyward: SocketAddr, upstream: &EchoUpstream) -> String {
     fill_placeholders(
         &read_deployed_file("minimal.yaml"),
@@ -54,7 +54,7 @@ pub(crate) fn minimal_config(keyward: SocketAddr, upstream: &EchoUpstream) -> St
     )
 }
 
-/// `deploy/envoy/production_config.yaml` with the ports of a test.
+/// `deploy/envoy/production.yaml` with the ports of a test.
 fn production_config(keywards: [SocketAddr; 2], upstream: &EchoUpstream, per_key: &str) -> String {
     fill_placeholders(
         &read_deployed_file("production.yaml"),

@@ -50,7 +50,7 @@ impl EnvoyCheck {
         ask
     }
 
-    /// A request to a route that needs `monitors_request:read` in production.
+    /// A request to a route that needs `monitors:read` in production.
     pub(crate) fn monitors_request() -> EnvoyCheck {
         EnvoyCheck::with_route_extensions(&[("scope", "monitors:read"), ("environment", "production")])
     }
@@ -216,7 +216,7 @@ pub(crate) const UNAUTHORIZED: &str =
 pub(crate) const FORBIDDEN: &str =
     r#"{"success":false,"error":{"code":"FORBIDDEN","message":"Insufficient permissions for this action"}}"#;
 
-/// A server with `acme`, and a key of it that may `monitors_request:read`.
+/// A server with `acme`, and a key of it that may `monitors:read`.
 pub(crate) async fn server_with_key() -> (Server, CreatedKey) {
     let server = Server::with_accounts().await;
     let made = server.create_key(service_key_request("acme", &["monitors:read"])).await;

@@ -1,5 +1,5 @@
 //! The endpoint for proxies that ask over HTTP, asked directly: what it believes, what it answers to Traefik, what it
-//! makes of proxies that are set up wrongly, and of floods. The real nginx is in `nginx_auth_request`, the real Envoy in
+//! makes of proxies that are set up wrongly, and of floods. The real nginx is in `nginx`, the real Envoy in
 //! `envoy_http`.
 
 use std::{

@@ -22,8 +22,8 @@ fn counted(home: &TestHome) -> Command {
     valgrind
         .args(["--tool=callgrind", "--callgrind-out-file=callgrind.out"])
         // The function as older and newer symbols name it, and none of those within it: each would toggle again.
-        .arg("--toggle-collect=*answer_directly::{{closure}}")
-        .arg("--toggle-collect=*answer_directly::{closure#0}")
+        .arg("--toggle-collect=*try_check::{{closure}}")
+        .arg("--toggle-collect=*try_check::{closure#0}")
         .arg(serve.get_program())
         .args(serve.get_args())
         .args(["--threads", "1"])

@@ -1,4 +1,4 @@
-//! The real nginx with `deploy/nginx/keyward.nginx_config`, between a client and a service: what reaches either.
+//! The real nginx with `deploy/nginx/keyward.conf`, between a client and a service: what reaches either.
 
 use std::{
     io::{Read as _, Write as _},

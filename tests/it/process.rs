@@ -129,21 +129,21 @@ impl TestHome {
         command
     }
 
-    /// `keyward root_caller-key reset` on this database. The new key goes to `file`; `-` = to standard output.
+    /// `keyward root-key reset` on this database. The new key goes to `file`; `-` = to standard output.
     pub(crate) fn root_key_reset_command(&self, file: &str) -> Command {
         let mut command = self.command(["root-key", "reset", "--yes", "--database", &self.url()]);
         command.args(["--root-key-file", file]);
         command
     }
 
-    /// `keyward serve_command` on ports of the system's choice, on this database, the root key going to its file.
+    /// `keyward serve` on ports of the system's choice, on this database, the root key going to its file.
     pub(crate) fn serve_command(&self) -> Command {
         let mut command = self.serve_command_without_root_key_file();
         command.arg("--root-key-file").arg(self.root_key_file());
         command
     }
 
-    /// The same without `--root_caller-key-file`; standard output is no terminal.
+    /// The same without `--root-key-file`; standard output is no terminal.
     pub(crate) fn serve_command_without_root_key_file(&self) -> Command {
         let url = self.url();
         let ports = ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];

@@ -527,7 +527,7 @@ pub(crate) fn preload_library(home: &TestHome, source: &str, command: &mut Comma
     command.env("LD_PRELOAD", &library);
 }
 
-/// `keyward serve_command` on such a disk.
+/// `keyward serve` on such a disk.
 fn serve_on_bad_disk(home: &TestHome) -> Command {
     let mut serve = home.serve_command();
     preload_library(home, FAILING_DISK_C, &mut serve);

@@ -332,7 +332,7 @@ async fn log_lines_name_their_call() {
     }
 }
 
-/// Runs `promtool check_token metrics` on a page: what it complains of.
+/// Runs `promtool check metrics` on a page: what it complains of.
 fn complaints(page: &str) -> String {
     let program = std::env::var_os("KEYWARD_PROMTOOL").unwrap_or_else(|| "promtool".into());
     let mut child = Command::new(&program)

@@ -225,7 +225,7 @@ impl OwnedBlockEntry {
 }
 
 impl BlockEntryRef<'_> {
-    pub(super) fn to_owned_entry(self) -> OwnedBlockEntry {
+    pub(super) fn into_owned_entry(self) -> OwnedBlockEntry {
         OwnedBlockEntry {
             id: self.id,
             digest: self.digest,
@@ -526,7 +526,7 @@ impl KeyRef {
             ColdFields { previous_secrets: older, metadata: cold_fields.metadata.clone(), ..*cold_fields };
         let cold_fields = (cold_fields != ColdFields::default()).then(|| Arc::new(cold_fields));
         let occupied = self.block.entry_at(self.offset);
-        (digests, occupied.map(|occupied| OwnedBlockEntry { cold_fields, ..occupied.to_owned_entry() }))
+        (digests, occupied.map(|occupied| OwnedBlockEntry { cold_fields, ..occupied.into_owned_entry() }))
     }
 
     /// When the key was revoked.

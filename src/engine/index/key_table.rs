@@ -127,7 +127,7 @@ impl KeyTable {
     pub(super) fn load_block(&self, keys: &[Option<BlockEntryRef<'_>>]) {
         let mut writer = self.lock_writer();
         if keys.len() < RECORDS_PER_BLOCK || offset_in_block(writer.next_slot) > 0 {
-            return keys.iter().flatten().for_each(|key| self.stage(&mut writer, key.to_owned_entry()));
+            return keys.iter().flatten().for_each(|key| self.stage(&mut writer, key.into_owned_entry()));
         }
         let KeyTableWriter { occupancy, interners, next_slot: next, .. } = &mut *writer;
         let first = *next;

@@ -91,7 +91,7 @@ impl BulkReader for PgBulkReader<'_> {
             faults.push(RowFault::secret_without_key(row.bytes(0).map_err(unreadable_column)?));
             Ok(())
         };
-        self.each(queries::secrets_without_key(limit), &mut take).await?;
+        self.for_each_row(queries::secrets_without_key(limit), &mut take).await?;
         Ok(faults)
     }
 }

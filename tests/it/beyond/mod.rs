@@ -191,7 +191,7 @@ async fn whatever_managers_do_at_once_on_two_replicas_nothing_is_committed_beyon
     run_and_check::<PostgresDatabase>(CALLS_ON_POSTGRES, 2).await;
 }
 
-/// `create_key escalation`: very many calls on both stores. `CALLS` says how many, `SEED` repeats the choices of a run.
+/// `make escalation`: very many calls on both stores. `CALLS` says how many, `SEED` repeats the choices of a run.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "make escalation runs it"]
 async fn very_many_calls() {

@@ -47,7 +47,7 @@ impl ChainVerifier {
     /// Verifies the next entry.
     ///
     /// # Errors
-    /// If the entry does not fit; the fault refers to the revision after [`ChainVerifier::at`].
+    /// If the entry does not fit; the fault refers to the revision after the current position.
     pub fn verify_next(&mut self, row: &LogEntry) -> Result<(), ChainFault> {
         if row.revision != self.position.revision.next() {
             return Err(ChainFault::Missing { next: row.revision });

@@ -17,7 +17,7 @@ pub enum AccessRequirement {
     /// A token that is not superseded, whatever the state of its key.
     TokenPossession,
     /// Nothing, since a proxy asks for the client whose request it holds. If the settings require a
-    /// caller, a key with [`Permission::Check`].
+    /// caller, a key with `Permission::Check`.
     Proxy,
 }
 

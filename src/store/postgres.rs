@@ -13,7 +13,7 @@
 //! | [`transaction`], [`timeouts`], [`errors`] | how a transaction begins and how long it may take; errors |
 //! | [`replica_registry`], [`replica_connections`] | what makes many processes one service, on dedicated connections |
 //! | [`server_check`], [`server_identity`] | what the server must be; which servers have answered |
-//! | [`pre_state`], [`write`] | what a batch reads and writes |
+//! | [`pre_state`], `write` | what a batch reads and writes |
 //! | [`snapshot`], [`snapshot_view`], [`bulk`], [`copy_reader`] | reads of all keys and of the log |
 
 mod backend;

@@ -1,7 +1,7 @@
 //! The embedded backend: one SQLite file, owned by one process.
 //!
 //! One connection writes ([`connection`]). A few others read, and each sees whole transactions only. [`store`] puts
-//! them together, and [`write`] contains what a transaction writes. Reads are in `backend.rs` of the parent folder.
+//! them together, and `write` contains what a transaction writes. Reads are in `backend.rs` of the parent folder.
 //!
 //! Invariants:
 //! - WAL with `synchronous=FULL`: a committed change survives a power cut.

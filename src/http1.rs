@@ -106,7 +106,7 @@ pub(crate) async fn serve<P, F>(
                 });
             }
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "accepting a connection failed");
+                tracing::warn!(error = &error as &dyn std::error::Error, "accepting failed");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

@@ -50,7 +50,7 @@ async fn replica_kill_9_is_not_waited_for_once_it_is_attested_dead() {
     let said = propagation_report(&waited);
     assert_eq!((said.complete, unconfirmed_replicas(&said), said.complete_by), (false, vec!["r1"], None));
     let told = fleet.run_operator_command(&["attest-dead", "r1", "--seen-gone"]);
-    assert!(told.starts_with("r1 ("), "{told}");
+    assert!(told.starts_with("Changes no longer wait for r1 ("), "{told}");
     assert!(revoke_with_deadline(&fleet.replicas[0], &id, None).await.unwrap().propagation.unwrap().complete);
 }
 

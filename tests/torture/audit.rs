@@ -10,9 +10,9 @@ use keyward::pb;
 use tonic::{Request, Status};
 
 use crate::{
-    judge::{Entry, lost},
+    judge::{LogEntry, find_lost},
     key_lives::ACCOUNT,
-    process::Caller,
+    process::AuthorizedClients,
     shared_state::SharedState,
 };
 
@@ -23,8 +23,8 @@ const RECOVERY_TIMEOUT: Duration = Duration::from_secs(90);
 /// What is known of the log.
 #[derive(Default)]
 pub(crate) struct LogAudit {
-    callers: Vec<Caller>,
-    log: BTreeMap<u64, Entry>,
+    callers: Vec<AuthorizedClients>,
+    log: BTreeMap<u64, LogEntry>,
     /// So many acknowledged changes were found in it.
     found: usize,
 }
@@ -45,7 +45,7 @@ impl LogAudit {
             }
         }
         self.log.append(&mut entries);
-        let lost = lost(&acknowledged, &self.log);
+        let lost = find_lost(&acknowledged, &self.log);
         self.found += acknowledged.len();
         stories.extend(lost.iter().map(|change| {
             format!("{change:?} is not in the log, which has {:?} there", self.log.get(&change.revision))
@@ -82,7 +82,7 @@ impl LogAudit {
         field: &SharedState,
         after: u64,
         newest: Option<u64>,
-    ) -> Option<BTreeMap<u64, Entry>> {
+    ) -> Option<BTreeMap<u64, LogEntry>> {
         let end = Instant::now() + RECOVERY_TIMEOUT;
         loop {
             let entries = self.entries(field, after).await?;
@@ -96,7 +96,7 @@ impl LogAudit {
     }
 
     /// The entries after this revision, and the page that it stands on.
-    async fn entries(&mut self, field: &SharedState, after: u64) -> Option<BTreeMap<u64, Entry>> {
+    async fn entries(&mut self, field: &SharedState, after: u64) -> Option<BTreeMap<u64, LogEntry>> {
         let mut entries = BTreeMap::new();
         let mut page_token = String::new();
         loop {
@@ -106,11 +106,13 @@ impl LogAudit {
                 ..Default::default()
             };
             let page = self
-                .ask(field, async |mut caller: Caller| caller.audit.list(timed(request.clone())).await)
+                .ask(field, async |mut caller: AuthorizedClients| {
+                    caller.audit.list(timed(request.clone())).await
+                })
                 .await?;
             for entry in page.entries {
                 let pb::AuditEntry { revision, action, key_id: key, account, user, .. } = entry;
-                entries.insert(revision, Entry { action, key, account, user });
+                entries.insert(revision, LogEntry { action, key, account, user });
             }
             let reached = entries.first_key_value().is_none_or(|(revision, _)| *revision <= after);
             if reached || page.next_page_token.is_empty() {
@@ -132,7 +134,9 @@ impl LogAudit {
                 ..Default::default()
             };
             let page = self
-                .ask(field, async |mut caller: Caller| caller.keys.list(timed(request.clone())).await)
+                .ask(field, async |mut caller: AuthorizedClients| {
+                    caller.keys.list(timed(request.clone())).await
+                })
                 .await?;
             keys.extend(page.keys.iter().map(|key| (key.id.clone(), key.state())));
             if page.next_page_token.is_empty() {
@@ -146,7 +150,7 @@ impl LogAudit {
     async fn ask<T>(
         &mut self,
         field: &SharedState,
-        call: impl AsyncFn(Caller) -> Result<tonic::Response<T>, Status>,
+        call: impl AsyncFn(AuthorizedClients) -> Result<tonic::Response<T>, Status>,
     ) -> Option<T> {
         if self.callers.is_empty() {
             self.callers = field.operator();

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, os::unix::net::UnixStream, path::PathBuf};
 
 use crate::{
     guard::GuardedProcess,
-    postgres::{command, folder, pgbouncer},
+    postgres::{command, pgbouncer, short_temp_folder},
     process::wait_for,
 };
 
@@ -18,7 +18,7 @@ pub(crate) struct PgBouncer {
 impl PgBouncer {
     /// Starts one before the server at this address.
     pub(crate) fn start(server: SocketAddr) -> PgBouncer {
-        let folder = folder();
+        let folder = short_temp_folder();
         let text = format!(
             "[databases]\n* = host={} port={} user=keyward\n[pgbouncer]\npool_mode = transaction\n\
              default_pool_size = 8\nmax_client_conn = 500\nauth_type = any\nlisten_addr =\nlisten_port = 6432\n\

@@ -10,9 +10,9 @@ use keyward::pb;
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
-    dice::Dice,
-    judge::{Acknowledged, GateId, Outcome, Report, ms},
-    process::Caller,
+    dice::ScheduleRng,
+    judge::{AcknowledgedChange, ChangeOutcome, GateId, PropagationClaim, ms},
+    process::AuthorizedClients,
     shared_state::{RunRecords, SharedState, format_status},
 };
 
@@ -30,7 +30,7 @@ pub(crate) trait ChangeReply {
 
 macro_rules! replies {
     ($($reply:ty = $report:expr;)*) => {
-        $(impl Reply for $reply {
+        $(impl ChangeReply for $reply {
             fn revision(&self) -> u64 {
                 self.revision
             }
@@ -85,8 +85,8 @@ pub(crate) struct ConfirmedChange<T> {
 /// One of those who change.
 pub(crate) struct ChangeDriver {
     pub(crate) field: Arc<SharedState>,
-    pub(crate) callers: Vec<Caller>,
-    pub(crate) dice: Dice,
+    pub(crate) callers: Vec<AuthorizedClients>,
+    pub(crate) dice: ScheduleRng,
 }
 
 impl ChangeDriver {
@@ -94,7 +94,7 @@ impl ChangeDriver {
     pub(crate) async fn retry_until_ok<T, F>(
         &mut self,
         step: ChangeStep<'_>,
-        send: impl Fn(Caller, CallTimeout) -> F,
+        send: impl Fn(AuthorizedClients, CallTimeout) -> F,
     ) -> Result<ConfirmedChange<T>, AbandonedChange>
     where
         T: ChangeReply,
@@ -127,7 +127,7 @@ impl ChangeDriver {
         &mut self,
         step: ChangeStep<'_>,
         replica: usize,
-        send: &impl Fn(Caller, CallTimeout) -> F,
+        send: &impl Fn(AuthorizedClients, CallTimeout) -> F,
     ) -> Result<T, Status>
     where
         T: ChangeReply,
@@ -136,12 +136,13 @@ impl ChangeDriver {
         let patience = CallTimeout(self.dice.pick(&CHANGE_TIMEOUTS));
         let (field, place) = (self.field.clone(), u8::try_from(replica).unwrap());
         let begun = field.now();
-        let change = step.gate.map(|(gate, closes)| field.history().begin(gate, closes, place, begun));
+        let change = step.gate.map(|(gate, closes)| field.history().begin_change(gate, closes, place, begun));
         let result = send(self.callers[replica].clone(), patience).await.map(Response::into_inner);
         let (ended, wall) = (field.now(), wall_clock());
         if let Some(change) = change {
-            let outcome = result.as_ref().map_or(Outcome::Unknown, |reply| Outcome::Done(reply.revision()));
-            field.history().end(change, outcome, ended);
+            let outcome =
+                result.as_ref().map_or(ChangeOutcome::Unknown, |reply| ChangeOutcome::Done(reply.revision()));
+            field.history().end_change(change, outcome, ended);
         }
         let mut books = field.records();
         match &result {
@@ -202,7 +203,7 @@ impl CallTimeout {
 /// Sends a clone of a request: `sending!(keys.revoke(request))`.
 macro_rules! sending {
     ($service:ident.$method:ident($request:expr)) => {
-        |mut caller: $crate::process::Caller, patience: $crate::owner::Patience| {
+        |mut caller: $crate::process::AuthorizedClients, patience: $crate::change_driver::CallTimeout| {
             let request = patience.request($request.clone());
             async move { caller.$service.$method(request).await }
         }
@@ -236,12 +237,12 @@ fn record_restriction(books: &mut RunRecords, step: &ChangeStep<'_>, took: Durat
 fn record_acknowledged(books: &mut RunRecords, step: &ChangeStep<'_>, revision: u64) {
     if !step.subject.is_empty() {
         let (action, subject) = (step.action, step.subject.to_owned());
-        books.acknowledged.push(Acknowledged { revision, action, subject });
+        books.acknowledged.push(AcknowledgedChange { revision, action, subject });
     }
 }
 
-fn to_claim(report: &pb::Propagation) -> Report {
-    Report {
+fn to_claim(report: &pb::Propagation) -> PropagationClaim {
+    PropagationClaim {
         complete: report.complete,
         unconfirmed: report.unconfirmed.len(),
         complete_by: report.complete_by.map(|by| by.seconds * 1_000_000 + i64::from(by.nanos) / 1000),

@@ -13,9 +13,9 @@ use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use tonic::Request;
 
 use crate::{
-    dice::Dice,
-    judge::Check,
-    process::Caller,
+    dice::ScheduleRng,
+    judge::ObservedCheck,
+    process::AuthorizedClients,
     shared_state::{CheckRecorder, CheckTarget, SharedState, parse_answer},
 };
 
@@ -68,16 +68,17 @@ impl CheckTargets {
     }
 
     /// One of the dead; every other time a fresh one, which a replica that was silent may not know to be dead.
-    fn pick_retired(&self, dice: &mut Dice) -> Option<Arc<CheckTarget>> {
+    fn pick_retired(&self, dice: &mut ScheduleRng) -> Option<Arc<CheckTarget>> {
         let graves = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
-        let among = if dice.one_in(2) { graves.len().min(RECENTLY_RETIRED) } else { graves.len() };
+        let among = if dice.one_chance_in(2) { graves.len().min(RECENTLY_RETIRED) } else { graves.len() };
         let at = graves.len().checked_sub(1 + dice.below(among as u64) as usize)?;
         graves.get(at).cloned()
     }
 
-    fn pick(&self, squad: usize, dice: &mut Dice) -> Arc<CheckTarget> {
-        let pick =
-            |from: &[Arc<CheckTarget>], dice: &mut Dice| from[dice.below(from.len() as u64) as usize].clone();
+    fn pick(&self, squad: usize, dice: &mut ScheduleRng) -> Arc<CheckTarget> {
+        let pick = |from: &[Arc<CheckTarget>], dice: &mut ScheduleRng| {
+            from[dice.below(from.len() as u64) as usize].clone()
+        };
         let asked = match dice.below(100) {
             0..70 => self.hot[squad].load_full(),
             70..88 => self.pick_retired(dice),
@@ -94,13 +95,13 @@ pub(crate) struct Checker {
     pub(crate) board: Arc<CheckTargets>,
     pub(crate) squad: usize,
     pub(crate) replica: usize,
-    pub(crate) dice: Dice,
+    pub(crate) dice: ScheduleRng,
 }
 
 impl Checker {
     /// Asks until the run is over.
     pub(crate) async fn work(mut self) {
-        let caller = Caller::on(self.field.channel(self.replica), &self.field.root);
+        let caller = AuthorizedClients::with_token(self.field.channel(self.replica), &self.field.root);
         let recorder = self.field.recorder();
         let mut asking = FuturesUnordered::new();
         while !self.field.is_stopping() {
@@ -114,9 +115,13 @@ impl Checker {
     }
 
     /// One Check.
-    fn ask(&mut self, mut caller: Caller, recorder: Arc<CheckRecorder>) -> impl Future<Output = ()> + use<> {
+    fn ask(
+        &mut self,
+        mut caller: AuthorizedClients,
+        recorder: Arc<CheckRecorder>,
+    ) -> impl Future<Output = ()> + use<> {
         let asked = self.board.pick(self.squad, &mut self.dice);
-        let fresh = self.dice.one_in(4);
+        let fresh = self.dice.one_chance_in(4);
         let patience = self.dice.pick(&CHECK_TIMEOUTS);
         let (field, replica) = (self.field.clone(), self.replica);
         async move {
@@ -129,7 +134,7 @@ impl Checker {
             let returned = field.now();
             let life = life.filter(|life| field.replicas[replica].life() == Some(*life));
             let (answer, revision) = parse_answer(&asked, &result);
-            recorder.record(Check {
+            recorder.record(ObservedCheck {
                 token: asked.id,
                 replica: u8::try_from(replica).unwrap(),
                 epoch: life.unwrap_or_default(),

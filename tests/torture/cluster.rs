@@ -13,7 +13,7 @@ use rustix::process::Signal;
 
 use crate::{
     guard::GuardedProcess,
-    postgres::{WALL, command, done, folder, printed, programs, psql},
+    postgres::{WALL_CLOCK_SQL, command, program_folder, psql, run_checked, short_temp_folder, stdout_text},
     process::wait_for,
 };
 
@@ -29,7 +29,7 @@ struct PostgresNode {
 
 impl PostgresNode {
     fn new() -> PostgresNode {
-        PostgresNode { folder: folder(), server: None }
+        PostgresNode { folder: short_temp_folder(), server: None }
     }
 
     fn data(&self) -> PathBuf {
@@ -42,7 +42,7 @@ impl PostgresNode {
 
     fn run(&mut self) {
         let sockets = format!("unix_socket_directories={}", self.folder.path().display());
-        let mut postgres = std::process::Command::new(programs().join("postgres"));
+        let mut postgres = std::process::Command::new(program_folder().join("postgres"));
         postgres.arg("-D").arg(self.data());
         for setting in [
             &*sockets,
@@ -64,7 +64,7 @@ impl PostgresNode {
     }
 
     fn is_ready(&self) -> bool {
-        let mut ready = command(programs().join("pg_isready"));
+        let mut ready = command(program_folder().join("pg_isready"));
         ready.arg("-q").arg("-h").arg(self.folder.path()).output().unwrap().status.success()
     }
 
@@ -102,15 +102,15 @@ impl PrimaryAndStandby {
     /// Makes both, with an empty database for Keyward.
     pub(crate) fn start() -> PrimaryAndStandby {
         let mut cluster = PrimaryAndStandby { nodes: [PostgresNode::new(), PostgresNode::new()], primary: 0 };
-        let mut initdb = command(programs().join("initdb"));
+        let mut initdb = command(program_folder().join("initdb"));
         initdb.args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8"]);
-        done(initdb.arg("--no-sync").arg("--pgdata").arg(cluster.nodes[0].data()));
+        run_checked(initdb.arg("--no-sync").arg("--pgdata").arg(cluster.nodes[0].data()));
         cluster.nodes[0].start();
         let folder = cluster.primary().folder.path();
         for sql in [format!("CREATE ROLE {ROLE} LOGIN"), format!("CREATE DATABASE {DATABASE} OWNER {ROLE}")] {
             query(folder, "postgres", &sql).expect("a new server takes it");
         }
-        cluster.run_sql(WALL);
+        cluster.run_sql(WALL_CLOCK_SQL);
         cluster.make_standby();
         cluster
     }
@@ -154,10 +154,10 @@ impl PrimaryAndStandby {
         let node = &mut self.nodes[1 - self.primary];
         node.server = None;
         remove(&node.data());
-        let mut copy = command(programs().join("pg_basebackup"));
+        let mut copy = command(program_folder().join("pg_basebackup"));
         copy.args(["-U", "postgres", "-c", "fast", "--no-sync", "-D"]).arg(node.data());
         copy.arg("-d").arg(format!("host={} application_name={STANDBY}", from.display()));
-        done(copy.arg("-R"));
+        run_checked(copy.arg("-R"));
         node.start();
         wait_for("the standby to follow", || {
             let state = self.primary().sql("SELECT state FROM pg_stat_replication")?;
@@ -237,7 +237,7 @@ impl PrimaryAndStandby {
 /// What the statements print; None = the server does not take them now.
 fn query(socket: &Path, database: &str, sql: &str) -> Option<String> {
     let output = psql(socket, database, sql).output().unwrap();
-    output.status.success().then(|| printed(&output))
+    output.status.success().then(|| stdout_text(&output))
 }
 
 fn remove(folder: &Path) {

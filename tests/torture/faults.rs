@@ -7,7 +7,7 @@ use rustix::process::Signal;
 
 use crate::{
     breakable_proxy::NetworkCondition,
-    dice::Dice,
+    dice::ScheduleRng,
     judge::{Nanos, ms},
     test_bed::TestBed,
 };
@@ -120,7 +120,7 @@ pub(crate) struct FaultRecord {
 /// One of the two sources of faults.
 pub(crate) struct FaultInjector {
     pub(crate) world: Arc<TestBed>,
-    pub(crate) dice: Dice,
+    pub(crate) dice: ScheduleRng,
     pub(crate) faults: Vec<FaultKind>,
     /// The one replica that is struck; None = any.
     pub(crate) victim: Option<usize>,

@@ -13,9 +13,9 @@ use keyward::{
 
 use crate::{
     checkers::CheckTargets,
-    dice::Dice,
+    dice::ScheduleRng,
     key_lives::{ACCOUNT, EVERYTHING, PRODUCTION, READ, WRITE, key},
-    process::Caller,
+    process::AuthorizedClients,
     shared_state::{CheckTarget, SharedState},
 };
 
@@ -25,7 +25,11 @@ const KEYS: usize = 24;
 const UNISSUED_TOKENS: usize = 8;
 
 /// Makes all of it through the first replica.
-pub(crate) async fn create_targets(field: &SharedState, squads: usize, dice: &mut Dice) -> CheckTargets {
+pub(crate) async fn create_targets(
+    field: &SharedState,
+    squads: usize,
+    dice: &mut ScheduleRng,
+) -> CheckTargets {
     let mut operator = field.operator().swap_remove(0);
     let account = pb::CreateAccountRequest { id: ACCOUNT.to_owned(), ..Default::default() };
     retry_until_ok(async || operator.clone().accounts.create(account.clone()).await).await;
@@ -40,14 +44,14 @@ pub(crate) async fn create_targets(field: &SharedState, squads: usize, dice: &mu
     CheckTargets::new(squads, stock, never)
 }
 
-async fn create_live_key(field: &SharedState, operator: &mut Caller) -> CheckTarget {
+async fn create_live_key(field: &SharedState, operator: &mut AuthorizedClients) -> CheckTarget {
     let request = key(ACCOUNT, &[WRITE], &[]);
     let made: pb::CreateKeyResponse =
         retry_until_ok(async || operator.clone().keys.create(request.clone()).await).await;
     let id = made.key.expect("a key").id;
     field.records().keys.insert(id.clone(), Some(pb::KeyState::Active));
     CheckTarget {
-        id: field.history().token(&id, made.revision, &[]),
+        id: field.history().new_token(&id, made.revision, &[]),
         key: id,
         token: made.token,
         environment: PRODUCTION,
@@ -58,13 +62,13 @@ async fn create_live_key(field: &SharedState, operator: &mut Caller) -> CheckTar
 }
 
 /// Well-formed tokens that were never issued.
-fn unissued_tokens(field: &SharedState, dice: &mut Dice) -> impl Iterator<Item = CheckTarget> {
+fn unissued_tokens(field: &SharedState, dice: &mut ScheduleRng) -> impl Iterator<Item = CheckTarget> {
     let (prefix, tag) = (TokenPrefix::parse("kw").unwrap(), TokenTag::parse("live").unwrap());
     (0..UNISSUED_TOKENS).map(move |_| {
         let mut random = [0; 32];
         random[..8].copy_from_slice(&dice.below(u64::MAX).to_be_bytes());
         CheckTarget {
-            id: field.history().never("a token that was never issued"),
+            id: field.history().new_forbidden_token("a token that was never issued"),
             key: String::new(),
             token: Token::generate(&prefix, &tag, &random).reveal().to_owned(),
             environment: PRODUCTION,
@@ -77,7 +81,8 @@ fn unissued_tokens(field: &SharedState, dice: &mut Dice) -> impl Iterator<Item =
 
 /// Questions about live keys that ask for what they were not given.
 fn ungranted_checks(field: &SharedState, stock: &[Arc<CheckTarget>]) -> impl Iterator<Item = CheckTarget> {
-    let never = |name, asked: CheckTarget| CheckTarget { id: field.history().never(name), ..asked };
+    let never =
+        |name, asked: CheckTarget| CheckTarget { id: field.history().new_forbidden_token(name), ..asked };
     let of = |at: usize| (*stock[at]).clone();
     [
         never("a scope that was never granted", CheckTarget { scope: "monitors:delete", ..of(0) }),

@@ -7,7 +7,7 @@ use keyward::pb;
 use crate::{
     change_driver::{AbandonedChange, ChangeDriver, ChangeStep, ConfirmedChange, sending},
     checkers::CheckTargets,
-    judge::{Acknowledged, GateId, TokenId},
+    judge::{AcknowledgedChange, GateId, TokenId},
     reversible_changes::ReversibleChange,
     shared_state::{CheckTarget, RunRecords},
 };
@@ -80,7 +80,7 @@ impl KeyOwnerWorker {
     }
 
     pub(crate) fn gate(&self, what: &'static str) -> GateId {
-        self.owner.field.history().gate(what)
+        self.owner.field.history().new_gate(what)
     }
 
     fn books(&self, note: impl FnOnce(&mut RunRecords)) {
@@ -105,7 +105,7 @@ impl KeyOwnerWorker {
         let pb::CreateKeyResponse { key, token, revision, .. } = reply;
         let id = key.expect("a key").id;
         self.books(|books| {
-            let acknowledged = Acknowledged { revision, action: "key.created", subject: id.clone() };
+            let acknowledged = AcknowledgedChange { revision, action: "key.created", subject: id.clone() };
             books.acknowledged.push(acknowledged);
         });
         if request.user.is_empty() && request.account == ACCOUNT {
@@ -137,7 +137,7 @@ impl KeyOwnerWorker {
     async fn live_until_revoked(&mut self) -> Result<(), AbandonedChange> {
         let made = self.create(key(ACCOUNT, &[WRITE], &[])).await?;
         let revocation = self.gate("the key");
-        let id = self.owner.field.history().token(&made.id, made.revision, &[revocation]);
+        let id = self.owner.field.history().new_token(&made.id, made.revision, &[revocation]);
         let asked = self.publish_target(id, &made, None);
         self.owner.sleep_random_ms(0, 200).await;
         self.revoke(&made.id, revocation).await?;
@@ -152,9 +152,9 @@ impl KeyOwnerWorker {
         for _ in 0..=self.owner.dice.below(3) {
             let secret = self.gate("the secret");
             if doubtful {
-                self.owner.field.history().doubt(secret);
+                self.owner.field.history().mark_doubtful(secret);
             }
-            let id = self.owner.field.history().token(&made.id, made.revision, &[revocation, secret]);
+            let id = self.owner.field.history().new_token(&made.id, made.revision, &[revocation, secret]);
             let asked = self.publish_target(id, &made, None);
             self.owner.sleep_random_ms(0, 200).await;
             let done = self.rotate(&made.id, secret).await?;
@@ -195,7 +195,7 @@ impl KeyOwnerWorker {
             pb::CreateKeyRequest { account: String::new(), user: user.clone(), ..key("", &["all"], &[]) };
         let made = self.create(request).await?;
         let membership = self.gate("the membership");
-        let id = self.owner.field.history().token(&made.id, made.revision, &[membership]);
+        let id = self.owner.field.history().new_token(&made.id, made.revision, &[membership]);
         let asked = self.publish_target(id, &made, Some(ACCOUNT));
         self.owner.sleep_random_ms(0, 200).await;
         let remove = pb::RemoveMemberRequest { account: ACCOUNT.to_owned(), user: user.clone() };

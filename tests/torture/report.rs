@@ -6,7 +6,7 @@ use comfy_table::{CellAlignment, Table, presets};
 
 use crate::{
     faults::{FaultKind, FaultRecord, faults_around},
-    judge::{Gap, Judge, Nanos, Rule, ms},
+    judge::{AnswerGap, Judge, JudgeRule, Nanos, ms},
     shared_state::RunRecords,
     test_bed::TestBed,
 };
@@ -53,7 +53,7 @@ impl FinishedRun<'_> {
             println!("  {times:>8} times {remark}");
         }
         for violation in &self.judge.violations {
-            println!("\nVIOLATION of rule {} at {}", violation.rule.words(), ms(violation.at));
+            println!("\nVIOLATION of rule {} at {}", violation.rule.description(), ms(violation.at));
             println!("    {}", violation.story);
             for fault in faults_around(&strikes, violation.at, self.world.lease) {
                 println!("    fault: {fault}");
@@ -105,7 +105,7 @@ impl FinishedRun<'_> {
         let kinds: BTreeSet<FaultKind> = strikes.iter().map(|strike| strike.fault).collect();
         for kind in kinds {
             let of_kind: Vec<_> = strikes.iter().filter(|strike| strike.fault == kind).collect();
-            let during = |found: &Gap| {
+            let during = |found: &AnswerGap| {
                 of_kind.iter().any(|strike| {
                     let same = strike.replica.is_none()
                         || found.replica.is_none()
@@ -123,8 +123,8 @@ impl FinishedRun<'_> {
 
     fn rules(&self) -> Table {
         let mut table = table(&["rule", "violations"]);
-        for rule in Rule::ALL {
-            table.add_row([rule.words().to_owned(), self.judge.count(rule).to_string()]);
+        for rule in JudgeRule::ALL {
+            table.add_row([rule.description().to_owned(), self.judge.count(rule).to_string()]);
         }
         table
     }
@@ -176,7 +176,7 @@ fn table(header: &[&str]) -> Table {
     table
 }
 
-fn gap(longest: Option<Gap>) -> String {
+fn gap(longest: Option<AnswerGap>) -> String {
     longest.map_or_else(|| "none".to_owned(), |gap| format!("{:.2} s", gap.length() as f64 / 1e9))
 }
 

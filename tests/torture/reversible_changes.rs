@@ -35,7 +35,7 @@ impl KeyOwnerWorker {
     ) -> Result<(), AbandonedChange> {
         let (subject, made) = self.subject(toggle).await?;
         let revocation = self.gate("the key");
-        let id = self.owner.field.history().token(&made.id, made.revision, &[revocation, subject.gate]);
+        let id = self.owner.field.history().new_token(&made.id, made.revision, &[revocation, subject.gate]);
         let asked = self.publish_target(id, &made, None);
         for _ in 0..=self.owner.dice.below(3) {
             self.owner.sleep_random_ms(0, 150).await;

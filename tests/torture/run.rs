@@ -9,10 +9,10 @@ use std::{
 use crate::{
     change_driver::ChangeDriver,
     checkers::Checker,
-    dice::Dice,
+    dice::ScheduleRng,
     faults::{FaultInjector, FaultKind},
     initial_keys,
-    judge::{Judge, Nanos, Rule},
+    judge::{Judge, JudgeRule, Nanos},
     key_lives::KeyOwnerWorker,
     report::FinishedRun,
     shared_state::SharedState,
@@ -51,7 +51,7 @@ pub(crate) struct RunResult {
 impl TortureRun {
     /// Does it all.
     pub(crate) fn run(&self) -> RunResult {
-        let mut dice = Dice::new(self.seed);
+        let mut dice = ScheduleRng::new(self.seed);
         let world = Arc::new(TestBed::start(&self.plan));
         let clients = self.clients(&world, &mut dice);
         let lanes = self.lanes(&world, &mut dice);
@@ -62,7 +62,7 @@ impl TortureRun {
         while began.elapsed() < self.length && !(self.until_allowed && noticed.is_some()) {
             std::thread::sleep(JUDGE_EVERY);
             self.judge(&world, &mut judge, false);
-            if judge.count(Rule::AllowedAfterNarrowing) > 0 {
+            if judge.count(JudgeRule::AllowedAfterNarrowing) > 0 {
                 noticed.get_or_insert_with(|| began.elapsed());
             }
             assert!(
@@ -84,7 +84,7 @@ impl TortureRun {
         });
         world.audit_all();
         self.judge(&world, &mut judge, true);
-        if judge.count(Rule::AllowedAfterNarrowing) > 0 {
+        if judge.count(JudgeRule::AllowedAfterNarrowing) > 0 {
             noticed.get_or_insert(length);
         }
         tender.stop();
@@ -96,7 +96,7 @@ impl TortureRun {
         RunResult { held, noticed }
     }
 
-    fn clients(&self, world: &TestBed, dice: &mut Dice) -> Vec<tokio::task::JoinHandle<()>> {
+    fn clients(&self, world: &TestBed, dice: &mut ScheduleRng) -> Vec<tokio::task::JoinHandle<()>> {
         let field = &world.field;
         let board = Arc::new(world.runtime.block_on(initial_keys::create_targets(field, self.squads, dice)));
         let mut clients = Vec::new();
@@ -104,11 +104,11 @@ impl TortureRun {
         let callers = field.operator();
         for number in 0..self.squads {
             for replica in 0..field.replicas.len() {
-                let (field, board, dice) = (field.clone(), board.clone(), dice.fork());
+                let (field, board, dice) = (field.clone(), board.clone(), dice.split());
                 let checker = Checker { field, board, squad: number, replica, dice };
                 clients.push(tokio::spawn(checker.work()));
             }
-            let owner = ChangeDriver { field: field.clone(), callers: callers.clone(), dice: dice.fork() };
+            let owner = ChangeDriver { field: field.clone(), callers: callers.clone(), dice: dice.split() };
             clients.push(tokio::spawn(
                 KeyOwnerWorker { owner, board: board.clone(), number, lives: 0 }.run_lives(),
             ));
@@ -116,7 +116,7 @@ impl TortureRun {
         clients
     }
 
-    fn lanes(&self, world: &Arc<TestBed>, dice: &mut Dice) -> Vec<JoinHandle<()>> {
+    fn lanes(&self, world: &Arc<TestBed>, dice: &mut ScheduleRng) -> Vec<JoinHandle<()>> {
         let of =
             |kinds: &[FaultKind]| self.faults.iter().copied().filter(|fault| kinds.contains(fault)).collect();
         [of(&FaultKind::AT_REPLICAS), of(&FaultKind::AT_DATABASE)]
@@ -124,7 +124,7 @@ impl TortureRun {
             .filter(|faults: &Vec<_>| !faults.is_empty())
             .map(|faults| {
                 let lane =
-                    FaultInjector { world: world.clone(), dice: dice.fork(), faults, victim: self.victim };
+                    FaultInjector { world: world.clone(), dice: dice.split(), faults, victim: self.victim };
                 std::thread::spawn(move || lane.inject_until_stopped())
             })
             .collect()
@@ -135,15 +135,15 @@ impl TortureRun {
         let now = world.field.now();
         let until = if all { Nanos::MAX } else { now.saturating_sub(JUDGE_DELAY) };
         let mut checks = world.field.take_checks(until);
-        judge.checks(&world.field.history(), &mut checks);
+        judge.judge_checks(&world.field.history(), &mut checks);
         for violation in world.take_found() {
-            judge.violation(violation.rule, violation.at, || violation.story);
+            judge.report_violation(violation.rule, violation.at, || violation.story);
         }
         for (at, story) in std::mem::take(&mut world.field.records().refusals) {
-            judge.violation(Rule::WrongDenial, at, || story);
+            judge.report_violation(JudgeRule::WrongDenial, at, || story);
         }
         for (at, story) in std::mem::take(&mut world.field.records().false_reports) {
-            judge.violation(Rule::FalseReport, at, || story);
+            judge.report_violation(JudgeRule::FalseReport, at, || story);
         }
     }
 
@@ -158,7 +158,7 @@ impl TortureRun {
                 self.judge(world, judge, false);
             }
             if judge.gaps.last(replica).is_none_or(|last| last < healed) {
-                judge.violation(Rule::NoAnswer, world.field.now(), || {
+                judge.report_violation(JudgeRule::NoAnswer, world.field.now(), || {
                     format!("replica {at} has allowed nothing for {RECOVERY:?}")
                 });
             }
@@ -170,12 +170,14 @@ impl TortureRun {
         for replica in &world.field.replicas {
             let code = replica.stop();
             if code != 0 {
-                judge.violation(Rule::NoAnswer, world.field.now(), || {
+                judge.report_violation(JudgeRule::NoAnswer, world.field.now(), || {
                     format!("{} was told to end, and ended with {code}", replica.name)
                 });
             }
             for bug in replica.find_log_errors() {
-                judge.violation(Rule::NoAnswer, world.field.now(), || format!("{}: {bug}", replica.name));
+                judge.report_violation(JudgeRule::NoAnswer, world.field.now(), || {
+                    format!("{}: {bug}", replica.name)
+                });
             }
         }
     }

@@ -17,8 +17,8 @@ use tonic::{
 use tonic_types::StatusExt as _;
 
 use crate::{
-    judge::{Acknowledged, Answer, Check, History, Nanos, TokenId},
-    process::Caller,
+    judge::{AcknowledgedChange, ChangeHistory, CheckAnswer, Nanos, ObservedCheck, TokenId},
+    process::AuthorizedClients,
     replicas::ReplicaProcess,
 };
 
@@ -61,7 +61,7 @@ pub(crate) struct RestrictionTimes {
 /// What was written down besides the history.
 #[derive(Debug, Default)]
 pub(crate) struct RunRecords {
-    pub(crate) acknowledged: Vec<Acknowledged>,
+    pub(crate) acknowledged: Vec<AcknowledgedChange>,
     pub(crate) narrowings: RestrictionTimes,
     /// How keys must be found at the end; None = in any state.
     pub(crate) keys: BTreeMap<String, Option<pb::KeyState>>,
@@ -90,7 +90,7 @@ pub(crate) struct SharedState {
     pub(crate) replicas: Vec<ReplicaProcess>,
     pub(crate) root: String,
     began: Instant,
-    history: Mutex<History>,
+    history: Mutex<ChangeHistory>,
     books: Mutex<RunRecords>,
     stopping: AtomicBool,
     recorders: Mutex<Vec<Arc<CheckRecorder>>>,
@@ -117,7 +117,7 @@ impl SharedState {
         Nanos::try_from(self.began.elapsed().as_nanos()).unwrap()
     }
 
-    pub(crate) fn history(&self) -> MutexGuard<'_, History> {
+    pub(crate) fn history(&self) -> MutexGuard<'_, ChangeHistory> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -141,8 +141,10 @@ impl SharedState {
     }
 
     /// The operator, over a connection of its own to each replica.
-    pub(crate) fn operator(&self) -> Vec<Caller> {
-        (0..self.replicas.len()).map(|at| Caller::on(self.channel(at), &self.root)).collect()
+    pub(crate) fn operator(&self) -> Vec<AuthorizedClients> {
+        (0..self.replicas.len())
+            .map(|at| AuthorizedClients::with_token(self.channel(at), &self.root))
+            .collect()
     }
 
     /// A place for one client to write its Checks down.
@@ -153,7 +155,7 @@ impl SharedState {
     }
 
     /// The Checks that had returned by then and were not taken before.
-    pub(crate) fn take_checks(&self, until: Nanos) -> Vec<Check> {
+    pub(crate) fn take_checks(&self, until: Nanos) -> Vec<ObservedCheck> {
         let recorders = self.recorders.lock().unwrap_or_else(PoisonError::into_inner);
         recorders.iter().flat_map(|recorder| recorder.take(until)).collect()
     }
@@ -161,30 +163,33 @@ impl SharedState {
 
 /// The Checks of one client, until they are judged.
 #[derive(Default)]
-pub(crate) struct CheckRecorder(Mutex<Vec<Check>>);
+pub(crate) struct CheckRecorder(Mutex<Vec<ObservedCheck>>);
 
 impl CheckRecorder {
-    pub(crate) fn record(&self, check: Check) {
+    pub(crate) fn record(&self, check: ObservedCheck) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(check);
     }
 
-    fn take(&self, until: Nanos) -> Vec<Check> {
+    fn take(&self, until: Nanos) -> Vec<ObservedCheck> {
         let mut checks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         checks.extract_if(.., |check| check.returned <= until).collect()
     }
 }
 
 /// What a Check's answer says.
-pub(crate) fn parse_answer(asked: &CheckTarget, result: &Result<pb::CheckResponse, Status>) -> (Answer, u64) {
+pub(crate) fn parse_answer(
+    asked: &CheckTarget,
+    result: &Result<pb::CheckResponse, Status>,
+) -> (CheckAnswer, u64) {
     match result {
         Ok(response) if response.allowed && response.key_id == asked.key => {
-            (Answer::Allowed, response.revision)
+            (CheckAnswer::Allowed, response.revision)
         }
-        Ok(response) if response.allowed => (Answer::AllowedAnother, response.revision),
-        Ok(response) => (Answer::Denied(response.reason()), response.revision),
+        Ok(response) if response.allowed => (CheckAnswer::AllowedAnother, response.revision),
+        Ok(response) => (CheckAnswer::Denied(response.reason()), response.revision),
         Err(status) => match status.code() {
-            tonic::Code::Unauthenticated | tonic::Code::PermissionDenied => (Answer::Stranger, 0),
-            _ => (Answer::None, 0),
+            tonic::Code::Unauthenticated | tonic::Code::PermissionDenied => (CheckAnswer::Stranger, 0),
+            _ => (CheckAnswer::None, 0),
         },
     }
 }

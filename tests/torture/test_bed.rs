@@ -19,7 +19,7 @@ use crate::{
     breakable_proxy::{BreakableProxy, NetworkCondition},
     cluster::PrimaryAndStandby,
     faults::FaultRecord,
-    judge::{Nanos, Rule, Violation},
+    judge::{JudgeRule, Nanos, Violation},
     namespaces::NamespaceLinks,
     replicas::{ReplicaConfig, ReplicaProcess},
     shared_state::SharedState,
@@ -191,7 +191,7 @@ impl TestBed {
     }
 
     /// A violation that no Check shows.
-    pub(crate) fn report_violation(&self, rule: Rule, at: Nanos, story: String) {
+    pub(crate) fn report_violation(&self, rule: JudgeRule, at: Nanos, story: String) {
         lock(&self.violations).push(Violation { rule, at, story });
     }
 
@@ -213,7 +213,7 @@ impl TestBed {
 
     fn lost(&self, lost: Vec<String>) {
         for story in lost {
-            self.report_violation(Rule::Lost, self.field.now(), story);
+            self.report_violation(JudgeRule::Lost, self.field.now(), story);
         }
     }
 }

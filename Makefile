@@ -39,8 +39,9 @@ contract: ## Commit to the protos as they are: tests/contract/keyward-v1.binpb
 	$(call run,buf build --exclude-source-info --path proto/keyward/v1 --output $(CONTRACT))
 
 .PHONY: lint
+# `--all-targets` leaves out the targets that `cargo test` does not run.
 lint: ## Run clippy
-	$(call run,cargo clippy --quiet --locked --all-targets -- -D warnings)
+	$(call run,cargo clippy --quiet --locked --all-targets --test torture --test simulate -- -D warnings)
 
 .PHONY: doc
 doc: ## Build the documentation of the code

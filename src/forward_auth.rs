@@ -23,7 +23,7 @@ use crate::{
     domain::name::AccountId,
     gateway::{
         ClientSource, Gateway, ProxyProtocol, ProxyRequest, ProxyResponse, Requester, RouteOverrides,
-        read_extensions, read_form,
+        parse_form, parse_route_overrides,
     },
     http1::{self, PageResponse},
     trace::{self, CallTracer},
@@ -109,9 +109,9 @@ async fn authorize_request(gateway: &Gateway, operator: &AccountId, request: &Pa
 }
 
 fn read_route_overrides(gateway: &Gateway, request: &Parts) -> RouteOverrides {
-    let fields: Vec<_> = read_form(request.uri.query().unwrap_or_default().as_bytes()).collect();
+    let fields: Vec<_> = parse_form(request.uri.query().unwrap_or_default().as_bytes()).collect();
     let fields = fields.iter().map(|(name, value)| (&**name, &**value));
-    read_extensions(fields, gateway.environments(), true)
+    parse_route_overrides(fields, gateway.environments(), true)
 }
 
 /// Reads the request from these headers. Each must occur exactly once.

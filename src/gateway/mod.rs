@@ -36,9 +36,9 @@ use crate::{
 
 pub use crate::engine::Requester;
 pub(crate) use metrics::GatewayMetrics;
-pub(crate) use request::{ClientSource, ProxyProtocol, ProxyRequest, parse_form as read_form};
+pub(crate) use request::{ClientSource, ProxyProtocol, ProxyRequest, parse_form};
 pub(crate) use response::{GatewayOutcome, ProxyMetadataValue, ProxyResponse};
-pub(crate) use route_overrides::{RouteOverrides, parse_route_overrides as read_extensions};
+pub(crate) use route_overrides::{RouteOverrides, parse_route_overrides};
 pub use settings::GatewaySettings;
 
 use logged_path::LoggedPath;

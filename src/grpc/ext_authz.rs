@@ -15,7 +15,7 @@ use crate::{
     engine::Requester,
     gateway::{
         ClientSource, Gateway, ProxyMetadataValue, ProxyProtocol, ProxyRequest, ProxyResponse,
-        read_extensions,
+        parse_route_overrides,
     },
     pb::{
         envoy::{
@@ -72,7 +72,7 @@ impl ExtAuthzService {
         ProxyCaller { account, trusted, session }: &ProxyCaller,
     ) -> CheckResponse {
         let extensions = attributes.context_extensions.iter().filter_map(utf8_pair);
-        let overrides = read_extensions(extensions, self.gateway.environments(), false);
+        let overrides = parse_route_overrides(extensions, self.gateway.environments(), false);
         let request = proxy_request(attributes, http);
         trace::adopt_ids(request.request_id(), || request.trace_context());
         let is_still_authorized = || match session {

@@ -167,10 +167,11 @@ impl WorkerLoop {
                 next = incoming.recv() => {
                     let Some(accepted) = next else { break };
                     let (router, queue) = (self.router.clone(), self.queue.clone());
-                    let (stopping, open_connections) = (self.stopping.clone(), self.open_connections.clone());
+                    let stopping = self.stopping.clone();
+                    let open = OpenConnection(self.open_connections.clone());
                     connections.spawn(async move {
+                        let _open = open;
                         connection::serve_connection(accepted, router, queue, stopping).await;
-                        open_connections.fetch_sub(1, Ordering::Relaxed);
                     });
                 }
                 Some(_) = connections.join_next() => {}
@@ -180,6 +181,16 @@ impl WorkerLoop {
         if tokio::time::timeout(drain_timeout, rest).await.is_err() {
             tracing::warn!("drain timed out: calls still in flight");
         }
+    }
+}
+
+/// One of a thread's open connections. It stops counting when its task ends, also in a panic: otherwise the thread
+/// would look busier forever and get fewer connections than the others.
+struct OpenConnection(Arc<AtomicUsize>);
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -290,5 +301,22 @@ impl AcceptLogThrottle {
         }
         self.last_logged = Some(now);
         write(std::mem::take(&mut self.suppressed));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_whose_task_panics_does_not_count_any_more() {
+        let open_connections = Arc::new(AtomicUsize::new(2));
+        let open = OpenConnection(open_connections.clone());
+        let task = tokio::spawn(async move {
+            let _open = open;
+            panic!("as a fault in a connection would");
+        });
+        assert!(task.await.unwrap_err().is_panic());
+        assert_eq!(open_connections.load(Ordering::Relaxed), 1);
     }
 }

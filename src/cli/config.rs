@@ -108,7 +108,7 @@ struct ConfigCheckReport {
 
 fn check_file(file: Option<PathBuf>, mut serve: ServeArgs) -> Result<ConfigCheckReport, CliError> {
     let Some(path) = file.or(serve.database.config) else {
-        return Err(CliError::new("which file? name it, or set KEYWARD_CONFIG"));
+        return Err(CliError::new("no configuration file is named: give its path, or set KEYWARD_CONFIG"));
     };
     serve.database.config = Some(path.clone());
     let read = ConfigFile::load(&path).and_then(|document| {

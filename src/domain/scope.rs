@@ -15,10 +15,10 @@ pub const RESERVED_SEGMENT: &str = "keyward";
 
 const MAX_SCOPE_LEN: usize = 128;
 const MAX_SEGMENTS: usize = 4;
-const GRANT_RULE: &str = "must be one to four segments of [A-Za-z0-9_./-] joined by ':', at max 128 characters; \
+const GRANT_RULE: &str = "must be one to four segments of [A-Za-z0-9_./-] joined by ':', at most 128 characters; \
                     only the last segment may be '*'";
 const REQUIRED_RULE: &str = "must be a concrete scope, such as monitors:read: one to four segments of \
-                             [A-Za-z0-9_./-] joined by ':', at max 128 characters, without '*'";
+                             [A-Za-z0-9_./-] joined by ':', at most 128 characters, without '*'";
 
 /// One scope. With `*` at its end it is a pattern, and can only be granted.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
